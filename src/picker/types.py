@@ -1,0 +1,328 @@
+"""The nouns that all of picker speaks in: what is routed, what is decided, and the facts a scheduler is told.
+
+Plain values only: nothing here acts, reads a clock or knows a wire format. Times are float seconds on one
+monotonic clock and end in `_at`; durations are float seconds. `None` means unknown or absent, never zero.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt64Array = NDArray[np.uint64]
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+ScoreArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+NO_BLOCKS: UInt64Array = np.empty(0, dtype=np.uint64)
+
+
+# --- endpoints ---------------------------------------------------------------------------------------------
+
+
+class Role(enum.Enum):
+    """What an endpoint may be asked to do (llm-d's `llm-d.ai/role` label)."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One engine that serves requests: an address and, behind it, a data-parallel rank.
+
+    name: identity, unique in the pool; by default the address. address: "host:port" (IPv6 in brackets).
+    models: the names it serves, base models and LoRA adapters; empty means not known, and then any model may go.
+    rank: data-parallel rank to pin with `X-data-parallel-rank`, or None where the engine has only one.
+    """
+
+    name: str
+    address: str
+    models: frozenset[str] = frozenset()
+    role: Role = Role.BOTH
+    scheme: str = "http"
+    rank: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- what a client asks ------------------------------------------------------------------------------------
+
+
+class CallKind(enum.Enum):
+    CHAT = "chat"
+    COMPLETION = "completion"
+    OTHER = "other"  # forwarded, not understood: routed by load alone
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A client's request as its bytes said it, before anyone decides anything.
+
+    prompt: canonical bytes of the leading prompt, the text prefix matching works on (see `wire.openai`).
+    extra_bytes: bytes of the further prompts of a batch; they count as load and are never matched.
+    prompt_tokens: exact number when the client sent token ids, else None (estimated from bytes).
+    salt: the engine's `cache_salt`; two salts never share a prefix. session: id for session affinity.
+    """
+
+    kind: CallKind
+    model: str | None
+    prompt: bytes = field(default=b"", repr=False)
+    extra_bytes: int = 0
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    stream: bool = False
+    include_usage: bool = False
+    salt: str | None = None
+    session: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """All that a decision may depend on; no headers, no body, no text.
+
+    id: ours, unique in the process; a client's `x-request-id` is for logs only.
+    block_hashes: (b,) chained hashes of the full blocks of the leading prompt, oldest first (`prefix.blocks`).
+    prompt_bytes: length of the leading prompt; extra_bytes: of further prompts in the same body.
+    subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
+    deadline: leave the queue unserved after this instant.
+    """
+
+    id: int
+    model: str | None
+    arrived_at: float
+    block_hashes: UInt64Array = field(default_factory=lambda: NO_BLOCKS)
+    prompt_bytes: int = 0
+    extra_bytes: int = 0
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    priority: int = 0
+    session: str | None = None
+    role: Role = Role.BOTH
+    subset: frozenset[str] | None = None
+    exclude: frozenset[str] = frozenset()
+    deadline: float | None = None
+
+
+# --- what is decided ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One line of an explained decision: an endpoint, its total (higher wins) and the parts of it."""
+
+    endpoint: str
+    total: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a request goes. `endpoint` first, then `fallbacks` in order of preference.
+
+    matched_blocks of total_blocks are believed to be cached there; matched_tokens and prompt_tokens are
+    estimates of the same in tokens. waited: seconds in our queue. charged: False when routed by fail-open.
+    """
+
+    request_id: int
+    endpoint: Endpoint
+    fallbacks: tuple[Endpoint, ...] = ()
+    matched_blocks: int = 0
+    total_blocks: int = 0
+    matched_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    waited: float = 0.0
+    charged: bool = True
+    candidates: tuple[Candidate, ...] = ()
+
+
+class RejectReason(enum.Enum):
+    """Why nothing was picked; the value is the metric label."""
+
+    NO_ENDPOINTS = "no-endpoints"  # none known, or none healthy
+    UNKNOWN_MODEL = "unknown-model"
+    NO_MATCH = "no-match"  # subset, role or exclusion left nobody
+    SATURATED = "saturated"  # queue full
+    EXPIRED = "expired"  # waited longer than allowed
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An expected no: HTTP `status`, a message fit for the client, and when to try again (seconds)."""
+
+    request_id: int
+    reason: RejectReason
+    status: int
+    message: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The pool is saturated; the answer will come from `Scheduler.poll`."""
+
+    request_id: int
+
+
+Outcome = Decision | Rejection
+
+
+# --- facts: everything a scheduler is ever told ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointAdded:
+    """Discovery found an endpoint, or its description changed (same name: state is kept)."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRemoved:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointDraining:
+    """Give it nothing new (draining) or take it back into service."""
+
+    name: str
+    draining: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadObserved:
+    """One scrape of one endpoint. A field the engine did not show is None: unknown is not zero.
+
+    observed_at: when the answer arrived. waiting, running: requests. kv_usage: fraction 0..1 of KV blocks in use.
+    block_size: tokens per engine block. kv_capacity_tokens: tokens the KV cache holds.
+    queries, hits: the engine's prefix-cache counters, in tokens since its start.
+    started_at: engine process start, unix seconds; a change means a restart with an empty cache.
+    adapters: LoRA adapters active now (running or waiting). max_adapters: how many fit at once.
+    """
+
+    name: str
+    observed_at: float
+    waiting: float | None = None
+    running: float | None = None
+    kv_usage: float | None = None
+    block_size: int | None = None
+    kv_capacity_tokens: int | None = None
+    queries: float | None = None
+    hits: float | None = None
+    started_at: float | None = None
+    adapters: frozenset[str] | None = None
+    max_adapters: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScrapeFailed:
+    """A scrape brought nothing usable. Old values stay and age; they never become zero."""
+
+    name: str
+    observed_at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsObserved:
+    """The model names an endpoint says it serves (`/v1/models`), base models and adapters."""
+
+    name: str
+    models: frozenset[str]
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HealthObserved:
+    """An active probe succeeded or failed (connection refused, 503, time-out)."""
+
+    name: str
+    healthy: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCleared:
+    """The engine's prefix cache is empty now (restart, reset, sleep)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the engine reported them; cached_tokens is None where it does not say."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseStarted:
+    """Response headers arrived. served_by: the address that answered, if the data plane says so."""
+
+    request_id: int
+    status: int
+    served_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first output token left the engine: its prefill is done."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The response ended as the engine meant it to, whatever its status."""
+
+    request_id: int
+    status: int
+    usage: Usage | None = None
+
+
+class FailureReason(enum.Enum):
+    """Why a request ended without a complete answer; the value is the metric label."""
+
+    CLIENT_GONE = "client-gone"  # not the endpoint's fault
+    CONNECT = "connect"
+    RESET = "reset"
+    TIMEOUT = "timeout"
+    TRUNCATED = "truncated"  # the stream ended before its end marker
+    SHUTDOWN = "shutdown"
+
+    @property
+    def blames_endpoint(self) -> bool:
+        return self not in (FailureReason.CLIENT_GONE, FailureReason.SHUTDOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: int
+    reason: FailureReason
+
+
+Fact = (
+    EndpointAdded
+    | EndpointRemoved
+    | EndpointDraining
+    | LoadObserved
+    | ScrapeFailed
+    | ModelsObserved
+    | HealthObserved
+    | CacheCleared
+    | ResponseStarted
+    | FirstToken
+    | Finished
+    | Failed
+)
