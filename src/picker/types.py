@@ -92,7 +92,7 @@ class Request:
     block_hashes: (b,) chained hashes of the full blocks of the leading prompt, oldest first (`prefix.blocks`).
     prompt_bytes: length of the leading prompt; extra_bytes: of further prompts in the same body.
     subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
-    deadline: leave the queue unserved after this instant.
+    deadline: leave the queue unserved after this instant. streaming: a first token will be seen before the end.
     """
 
     id: int
@@ -105,6 +105,7 @@ class Request:
     max_tokens: int | None = None
     priority: int = 0
     session: str | None = None
+    streaming: bool = True
     role: Role = Role.BOTH
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
@@ -121,6 +122,31 @@ class Candidate:
     endpoint: str
     total: float
     parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """What a profile thought of every candidate.
+
+    names: the pool's names by row, shared and never written. rows: (n,) pool rows of the candidates.
+    total: (n,) higher wins. parts: name -> (n,), each scorer's weighted share or each term of a cost in seconds.
+    """
+
+    names: NDArray[np.object_]
+    rows: Int64Array
+    total: FloatArray
+    parts: Mapping[str, NDArray[np.floating]]
+
+    def candidates(self) -> list[Candidate]:
+        """The ranking in words, best first."""
+        return [
+            Candidate(
+                endpoint=str(self.names[self.rows[i]]),
+                total=float(self.total[i]),
+                parts={part: float(values[i]) for part, values in self.parts.items()},
+            )
+            for i in np.argsort(-self.total, kind="stable")
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +166,7 @@ class Decision:
     prompt_tokens: float = 0.0
     waited: float = 0.0
     charged: bool = True
-    candidates: tuple[Candidate, ...] = ()
+    ranking: Ranking | None = field(default=None, repr=False, compare=False)
 
 
 class RejectReason(enum.Enum):

@@ -1,0 +1,84 @@
+"""What each open decision has booked, and what of it is still to be released."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from picker.core.pool import Pool
+from picker.types import Request
+
+
+@dataclass(slots=True)
+class Charge:
+    """One booking. A row under another generation has been left by its endpoint: nothing is released there.
+
+    tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.
+    """
+
+    request: Request
+    row: int
+    generation: int
+    tokens: int
+    context: int
+    predicted: int
+    booked_at: float
+    prefilling: bool = True
+
+
+class Charges:
+    """The table of open charges; books and releases them in the pool, each exactly once."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._open: dict[int, Charge] = {}
+        self._expected: list[tuple[float, int]] = []  # (when a silent prefill should be over, request id)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._open
+
+    def get(self, request_id: int) -> Charge | None:
+        return self._open.get(request_id)
+
+    def book(self, charge: Charge, *, expected_s: float) -> None:
+        """Open a charge. expected_s: after so long the prefill of a request that does not stream is taken as done."""
+        assert charge.request.id not in self._open, "a request was booked twice"
+        self._open[charge.request.id] = charge
+        self._pool.book(charge.row, tokens=charge.tokens, context=charge.context, now=charge.booked_at)
+        if not charge.request.streaming:
+            heapq.heappush(self._expected, (charge.booked_at + expected_s, charge.request.id))
+
+    def first_token(self, request_id: int, now: float) -> Charge | None:
+        """The prefill is done; None when there is nothing to release any more."""
+        charge = self._open.get(request_id)
+        if charge is None or not charge.prefilling:
+            return None
+        charge.prefilling = False
+        if not self._stands(charge):
+            return None
+        self._pool.prefilled(charge.row, tokens=charge.tokens, now=now)
+        return charge
+
+    def close(self, request_id: int, now: float) -> Charge | None:
+        """Release all that is left; None when the request has no open charge."""
+        self.first_token(request_id, now)
+        charge = self._open.pop(request_id, None)
+        if charge is not None and self._stands(charge):
+            self._pool.release(charge.row, context=charge.context)
+        return charge
+
+    def stands(self, charge: Charge) -> bool:
+        """Whether the endpoint that was charged is still the one in that row."""
+        return self._stands(charge)
+
+    def expire_silent(self, now: float) -> None:
+        """Take the prefills of requests that do not stream as done when their time is over."""
+        while self._expected and self._expected[0][0] <= now:
+            _, request_id = heapq.heappop(self._expected)
+            self.first_token(request_id, now)
+
+    def _stands(self, charge: Charge) -> bool:
+        return bool(self._pool.generation[charge.row] == charge.generation)

@@ -1,0 +1,61 @@
+"""From a ranking to endpoints: which candidate wins, and who stands in if it fails. Ties are broken at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from picker.types import FloatArray, Int64Array
+
+Picker = Callable[[FloatArray, int, np.random.Generator], Int64Array]
+
+
+def max_score(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
+    """Indices of the `count` best totals, best first; equal totals in random order.
+
+    Without the random tie-break a burst of equal requests piles onto the first endpoint of the list.
+    """
+    n = total.size
+    count = min(count, n)
+    if count < n:
+        # Everything at least as good as the count-th best: a tie there must be open to all.
+        threshold = np.partition(total, n - count)[n - count]
+        top = np.flatnonzero(total >= threshold)
+    else:
+        top = np.arange(n)
+    if top.size > 1:
+        top = top[rng.permutation(top.size)] if top.size > 2 else top[:: -1 if rng.random() < 0.5 else 1]
+        top = top[np.argsort(-total[top], kind="stable")]
+    return top[:count]
+
+
+def weighted_random(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
+    """Sample without replacement with probability proportional to the total (Efraimidis & Spirakis 2006).
+
+    Totals are shifted so that the worst candidate weighs nothing; when all are equal the draw is uniform.
+    """
+    weights = total - total.min()
+    if not weights.any():
+        weights = np.ones_like(weights)
+    with np.errstate(divide="ignore"):
+        keys = np.log(rng.random(total.size)) / weights
+    return np.argsort(-keys, kind="stable")[: min(count, total.size)]
+
+
+def power_of_two(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
+    """The better of two candidates drawn at random (Mitzenmacher 2001), then the rest by score."""
+    n = total.size
+    if n <= 2:
+        return max_score(total, count, rng)
+    first, second = rng.choice(n, size=2, replace=False)
+    winner = first if total[first] >= total[second] else second
+    rest = max_score(total, count, rng)
+    return np.concatenate([[winner], rest[rest != winner]])[: min(count, n)]
+
+
+PICKERS: dict[str, Picker] = {
+    "max-score": max_score,
+    "weighted-random": weighted_random,
+    "power-of-two": power_of_two,
+}

@@ -1,0 +1,250 @@
+"""Endpoints as columns of arrays. The only writer is `Scheduler`; everyone else sees a read-only `PoolView`.
+
+A row belongs to one endpoint until it leaves; then the row is reused under a new generation, so that whatever still
+refers to the old endpoint can be told apart. Unknown numbers are NaN, never zero. No clock, no IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from picker.types import BoolArray, Endpoint, FloatArray, Int64Array, Role
+
+NAN = float("nan")
+
+# name -> default of a free row. The dtype follows the default: bool, int64 or float64.
+COLUMNS: dict[str, bool | int | float] = {
+    "present": False,
+    "healthy": True,  # what active probes say
+    "draining": False,
+    "generation": 0,
+    "added_at": NAN,
+    # observed by scrapes
+    "observed_at": NAN,
+    "waiting": NAN,  # requests
+    "running": NAN,  # requests
+    "kv_usage": NAN,  # fraction 0..1
+    "kv_capacity": NAN,  # tokens
+    "capacity_blocks": NAN,  # the same in blocks of the prefix index
+    "block_size": NAN,  # tokens
+    "queries": NAN,  # tokens since the engine's start
+    "hits": NAN,
+    "started_at": NAN,  # unix seconds
+    "max_adapters": NAN,
+    "adapters": 0,  # active now
+    # booked by decisions, released by facts
+    "inflight": 0,  # requests
+    "prefilling": 0,  # of these, requests whose first token has not come
+    "backlog": 0,  # uncached prompt tokens of the prefilling ones
+    "context": 0,  # prompt tokens of all in flight: what they occupy in the KV cache
+    "last_pick": 0,  # number of the decision that picked it last
+    # learned
+    "failures": 0,  # consecutive
+    "ejected_until": -np.inf,
+    "busy_since": -np.inf,  # when prefilling last became non-zero
+    "progress_at": -np.inf,  # when a first token came last
+}
+
+
+class Pool:
+    """The table of endpoints. Arrays are (rows,) and grow by doubling; `names` is replaced, not written, on change."""
+
+    present: BoolArray
+    healthy: BoolArray
+    draining: BoolArray
+    generation: Int64Array
+    added_at: FloatArray
+    observed_at: FloatArray
+    waiting: FloatArray
+    running: FloatArray
+    kv_usage: FloatArray
+    kv_capacity: FloatArray
+    capacity_blocks: FloatArray
+    block_size: FloatArray
+    queries: FloatArray
+    hits: FloatArray
+    started_at: FloatArray
+    max_adapters: FloatArray
+    adapters: Int64Array
+    inflight: Int64Array
+    prefilling: Int64Array
+    backlog: Int64Array
+    context: Int64Array
+    last_pick: Int64Array
+    failures: Int64Array
+    ejected_until: FloatArray
+    busy_since: FloatArray
+    progress_at: FloatArray
+
+    def __init__(self, rows: int = 64) -> None:
+        self.rows = rows
+        self.endpoints: list[Endpoint | None] = [None] * rows
+        self.names: NDArray[np.object_] = np.full(rows, "", dtype=object)
+        self.high = 0  # rows at and above were never used
+        self._by_name: dict[str, int] = {}
+        self._by_address: dict[str, int] = {}
+        self._serves: dict[str, BoolArray] = {}
+        self._serves_any = np.zeros(rows, dtype=bool)
+        self._adapters: dict[str, BoolArray] = {}
+        self._can = {role: np.zeros(rows, dtype=bool) for role in Role}
+        for name, default in COLUMNS.items():
+            setattr(self, name, np.full(rows, default))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[tuple[int, Endpoint]]:
+        """(row, endpoint) of everything present, in the order of joining."""
+        for row in self._by_name.values():
+            yield row, self.endpoint(row)
+
+    # membership
+
+    def row(self, name: str) -> int | None:
+        return self._by_name.get(name)
+
+    def row_of_address(self, address: str) -> int | None:
+        return self._by_address.get(address)
+
+    def endpoint(self, row: int) -> Endpoint:
+        endpoint = self.endpoints[row]
+        assert endpoint is not None, f"row {row} is free"
+        return endpoint
+
+    def add(self, endpoint: Endpoint, now: float) -> int:
+        """Give an endpoint a row of its own; its name must be new."""
+        assert endpoint.name not in self._by_name
+        row = self._free_row()
+        generation = int(self.generation[row]) + 1
+        for name, default in COLUMNS.items():
+            getattr(self, name)[row] = default
+        self.generation[row], self.present[row], self.added_at[row] = generation, True, now
+        self._by_name[endpoint.name] = row
+        self._by_address[endpoint.address] = row
+        self.names = self.names.copy()
+        self.names[row] = endpoint.name
+        self.describe(row, endpoint)
+        return row
+
+    def remove(self, row: int) -> None:
+        """Free the row; charges that still name its generation find nothing to release."""
+        endpoint = self.endpoint(row)
+        self.present[row] = False
+        self.generation[row] += 1
+        self._forget_models(row)
+        self.set_adapters(row, frozenset())
+        del self._by_name[endpoint.name]
+        if self._by_address.get(endpoint.address) == row:
+            del self._by_address[endpoint.address]
+        self.endpoints[row] = None
+
+    def describe(self, row: int, endpoint: Endpoint) -> None:
+        """Take over a new description of the same endpoint: models, role, labels."""
+        self.endpoints[row] = endpoint
+        for role in Role:
+            self._can[role][row] = endpoint.role in (role, Role.BOTH) or role is Role.BOTH
+        self._forget_models(row)
+        self._serves_any[row] = not endpoint.models
+        for model in endpoint.models:
+            self._serves.setdefault(model, np.zeros(self.rows, dtype=bool))[row] = True
+
+    def set_models(self, row: int, models: frozenset[str]) -> None:
+        self.describe(row, replace(self.endpoint(row), models=models))
+
+    def set_adapters(self, row: int, adapters: frozenset[str]) -> None:
+        """The LoRA adapters active on this endpoint."""
+        self.adapters[row] = len(adapters)
+        for adapter in adapters:
+            self._adapters.setdefault(adapter, np.zeros(self.rows, dtype=bool))
+        for adapter, active in list(self._adapters.items()):
+            active[row] = adapter in adapters
+            if not active.any():
+                del self._adapters[adapter]
+
+    # who can
+
+    def serving(self, model: str | None) -> BoolArray:
+        """(rows,) which may serve this model; those whose models are not known may serve any."""
+        if not model:
+            return self.present
+        known = self._serves.get(model)
+        return self._serves_any if known is None else self._serves_any | known
+
+    def has_model(self, model: str) -> bool:
+        return model in self._serves or bool((self._serves_any & self.present).any())
+
+    def models(self) -> list[str]:
+        return sorted(self._serves)
+
+    def can(self, role: Role) -> BoolArray:
+        return self._can[role]
+
+    def active_adapter(self, adapter: str) -> BoolArray | None:
+        return self._adapters.get(adapter)
+
+    # charges
+
+    def book(self, row: int, *, tokens: int, context: int, now: float) -> None:
+        if self.prefilling[row] == 0:
+            self.busy_since[row] = now
+        self.inflight[row] += 1
+        self.prefilling[row] += 1
+        self.backlog[row] += tokens
+        self.context[row] += context
+
+    def prefilled(self, row: int, *, tokens: int, now: float) -> None:
+        """A booked request has its first token: its prefill is no longer ahead of anyone."""
+        self.prefilling[row] -= 1
+        self.backlog[row] -= tokens
+        self.progress_at[row] = now
+        assert self.prefilling[row] >= 0, "a prefill was released twice"
+        assert self.backlog[row] >= 0, "more tokens were released than booked"
+
+    def release(self, row: int, *, context: int) -> None:
+        self.inflight[row] -= 1
+        self.context[row] -= context
+        assert self.inflight[row] >= 0, "a charge was released twice"
+        assert self.context[row] >= 0, "more context was released than booked"
+
+    # rows
+
+    def _free_row(self) -> int:
+        free = np.flatnonzero(~self.present)
+        if free.size == 0:
+            self._grow()
+            return self._free_row()
+        row = int(free[0])
+        self.high = max(self.high, row + 1)
+        return row
+
+    def _grow(self) -> None:
+        old, self.rows = self.rows, self.rows * 2
+        for name, default in COLUMNS.items():
+            column = np.full(self.rows, default)
+            column[:old] = getattr(self, name)
+            setattr(self, name, column)
+        names = np.full(self.rows, "", dtype=object)
+        names[:old] = self.names
+        self.names = names
+        self.endpoints.extend([None] * (self.rows - old))
+        self._serves = {model: _widened(mask, self.rows) for model, mask in self._serves.items()}
+        self._adapters = {adapter: _widened(mask, self.rows) for adapter, mask in self._adapters.items()}
+        self._can = {role: _widened(mask, self.rows) for role, mask in self._can.items()}
+        self._serves_any = _widened(self._serves_any, self.rows)
+
+    def _forget_models(self, row: int) -> None:
+        self._serves_any[row] = False
+        for model, rows in list(self._serves.items()):
+            rows[row] = False
+            if not rows.any():
+                del self._serves[model]
+
+
+def _widened(mask: BoolArray, rows: int) -> BoolArray:
+    wide = np.zeros(rows, dtype=bool)
+    wide[: mask.size] = mask
+    return wide

@@ -1,0 +1,444 @@
+"""The decision: the single owner of pool, charges, prefix index, queue and generator.
+
+Four verbs, after aioquic: `submit` a request, `apply` a fact, `poll` for what the queue has let go, `next_wakeup` for
+when to poll again. Everything the scheduler knows came through `apply` or `submit`; the same sequence of calls with
+the same seed gives the same decisions, under a real clock or a virtual one. No IO, no clock, no await.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from picker.core import filters
+from picker.core.charges import Charge, Charges
+from picker.core.estimate import Ratio, Speeds
+from picker.core.flow import FlowQueue
+from picker.core.pick import Picker, max_score
+from picker.core.pool import Pool
+from picker.core.profile import Cost, Profile
+from picker.core.snapshot import EndpointState, endpoint_state
+from picker.core.view import PoolView
+from picker.prefix.approximate import ApproximateIndex
+from picker.types import (
+    CacheCleared,
+    Decision,
+    Endpoint,
+    EndpointAdded,
+    EndpointDraining,
+    EndpointRemoved,
+    Fact,
+    Failed,
+    FailureReason,
+    Finished,
+    FirstToken,
+    HealthObserved,
+    Int64Array,
+    LoadObserved,
+    ModelsObserved,
+    Queued,
+    Ranking,
+    Rejection,
+    RejectReason,
+    Request,
+    ResponseStarted,
+    ScrapeFailed,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a scheduler is told once.
+
+    block_bytes: bytes per block of `Request.block_hashes`. index_budget: bytes the prefix index may take.
+    fallbacks: endpoints named behind the first. max_inflight: requests per endpoint before others must wait (None: no
+    limit, the engines queue). queue_size: requests that may wait here then.
+    eject_after: consecutive faults after which an endpoint rests for eject_s, twice as long each further time, at most
+    eject_max_s. sessions: how many session ids are remembered.
+    """
+
+    block_bytes: int = 256
+    index_budget: int = 512 * 1024 * 1024
+    fallbacks: int = 2
+    max_inflight: int | None = None
+    queue_size: int = 1000
+    eject_after: int = 3
+    eject_s: float = 1.0
+    eject_max_s: float = 30.0
+    sessions: int = 100_000
+    seed: int = 0
+
+
+# Prompt bytes per token before anyone has told: about right for English text and a BPE vocabulary.
+_BYTES_PER_TOKEN = 4.0
+# First tokens of shorter prefills tell of overheads, not of speed.
+_LEARN_FROM_TOKENS = 256
+_RETRY_AFTER_S = 1.0
+
+
+class Scheduler:
+    """Decides where requests go. See the module's text for the verbs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        index: ApproximateIndex,
+        profile: Profile | None = None,
+        picker: Picker = max_score,
+    ) -> None:
+        self.settings = settings
+        self.pool = Pool()
+        self.index = index
+        self.queue = FlowQueue(settings.queue_size)
+        self.charges = Charges(self.pool)
+        self._profile: Profile = profile or Cost()
+        self._picker = picker
+        self._rng = np.random.default_rng(settings.seed)
+        self._speeds = Speeds(self.pool.rows)
+        self._bytes_per_token = Ratio(_BYTES_PER_TOKEN, prior_weight=2000.0, keep=0.99)
+        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._decisions = 0
+        index.grow_rows(self.pool.rows)
+
+    # --- the verbs ---
+
+    def submit(self, request: Request, now: float) -> Decision | Rejection | Queued:
+        """Pick an endpoint and book the charge in the same call, or say why not, or queue the request.
+
+        Every `Decision` must be followed by exactly one `Finished` or `Failed` fact of that id; so must `Queued`, once
+        it has become a decision, or when its client leaves before.
+        """
+        self.charges.expire_silent(now)
+        candidates = filters.candidates(self.pool, request, now)
+        if isinstance(candidates, Rejection):
+            return candidates
+        free = filters.below_limit(self.pool, self.settings.max_inflight)
+        open_to = candidates if free is None else candidates & free
+        if open_to.any() and not self._must_wait_behind(request):
+            return self._decide(request, np.flatnonzero(open_to), now)
+        if self.queue.full:
+            message = "The endpoints are saturated and the queue is full."
+            return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
+        self.queue.add(request)
+        return Queued(request.id)
+
+    def apply(self, fact: Fact, now: float) -> None:
+        """Learn a fact. Facts about requests or endpoints that are gone are ignored: they cross on the way."""
+        match fact:
+            case FirstToken(request_id):
+                self._first_token(request_id, now)
+            case ResponseStarted():
+                self._response_started(fact, now)
+            case Finished(request_id, status, usage):
+                self._finished(request_id, status, usage, now)
+            case Failed(request_id, reason):
+                self._failed(request_id, reason, now)
+            case LoadObserved():
+                self._load(fact)
+            case EndpointAdded(endpoint):
+                self._added(endpoint, now)
+            case EndpointRemoved(name):
+                self._removed(name)
+            case ScrapeFailed():
+                pass  # Old values stay and age; see `PoolView.age`.
+            case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
+                self._about_endpoint(fact)
+
+    def poll(self, now: float) -> list[Decision | Rejection]:
+        """What the queue lets go: decisions for whom there is room, rejections for whom it is too late."""
+        outcomes: list[Decision | Rejection] = []
+        for request in self.queue:
+            outcome = self._retry(request, now)
+            if outcome is not None:
+                self.queue.remove(request.id)
+                outcomes.append(outcome)
+        return outcomes
+
+    def next_wakeup(self) -> float | None:
+        """The next instant at which `poll` has something to do by itself; None when only facts can change anything."""
+        return self.queue.next_deadline()
+
+    def fallback(self, request: Request) -> Decision | Rejection:
+        """A random endpoint that may take the request, uncharged: for when deciding itself has failed."""
+        mask = filters.alive(self.pool) & self.pool.serving(request.model)
+        rows = np.flatnonzero(mask & ~filters.named(self.pool, request.exclude))
+        if rows.size == 0:
+            return filters.nobody(self.pool, request)
+        endpoint = self.pool.endpoint(int(self._rng.choice(rows)))
+        return Decision(request.id, endpoint, charged=False)
+
+    def snapshot(self, now: float) -> list[EndpointState]:
+        """Every endpoint as it looks at this moment."""
+        return [
+            endpoint_state(
+                self.pool,
+                row,
+                endpoint,
+                now,
+                speed=self._speed(row),
+                index_blocks=self.index.resident(row),
+                index_trust=float(self.index.trust[row]),
+            )
+            for row, endpoint in self.pool
+        ]
+
+    # --- waiting ---
+
+    def _must_wait_behind(self, request: Request) -> bool:
+        """Whether someone at least as urgent is waiting already: a newcomer does not overtake."""
+        return any(waiting.priority >= request.priority for waiting in self.queue)
+
+    def _retry(self, request: Request, now: float) -> Decision | Rejection | None:
+        if request.deadline is not None and request.deadline <= now:
+            message = f"No endpoint had room within {request.deadline - request.arrived_at:.1f} s."
+            return Rejection(request.id, RejectReason.EXPIRED, 429, message, _RETRY_AFTER_S)
+        candidates = filters.candidates(self.pool, request, now)
+        if isinstance(candidates, Rejection):
+            return candidates
+        free = filters.below_limit(self.pool, self.settings.max_inflight)
+        rows = np.flatnonzero(candidates if free is None else candidates & free)
+        return self._decide(request, rows, now) if rows.size else None
+
+    # --- deciding ---
+
+    def _decide(self, request: Request, rows: Int64Array, now: float) -> Decision:
+        view = self._view(request, rows, now)
+        total, parts = self._profile.rank(view, request)
+        order = self._picker(total, 1 + self.settings.fallbacks, self._rng)
+        best = int(order[0])
+        self._book(request, view, best, now)
+        return Decision(
+            request_id=request.id,
+            endpoint=self.pool.endpoint(int(rows[best])),
+            fallbacks=tuple(self.pool.endpoint(int(rows[i])) for i in order[1:]),
+            matched_blocks=int(view.matched_blocks[best]),
+            total_blocks=view.total_blocks,
+            matched_tokens=float(view.prompt_tokens - view.uncached[best]),
+            prompt_tokens=view.prompt_tokens,
+            waited=now - request.arrived_at,
+            ranking=Ranking(self.pool.names, rows, total, parts),
+        )
+
+    def _view(self, request: Request, rows: Int64Array, now: float) -> PoolView:
+        matched = self.index.match(request.block_hashes)[rows].astype(np.float64)
+        tokens, per_byte = self._tokens(request)
+        cached = matched * (self.settings.block_bytes * per_byte) * self.index.trust[rows]
+        # The engine always computes the last token of a prompt again.
+        leading = max(request.prompt_bytes * per_byte - 1.0, 0.0)
+        return PoolView(
+            self.pool,
+            rows,
+            now,
+            matched_blocks=matched,
+            total_blocks=request.block_hashes.size,
+            prompt_tokens=tokens,
+            uncached=tokens - np.minimum(cached, leading),
+            speed=self._speeds.of(rows),
+            session_row=self._session_row(request),
+            model=request.model,
+        )
+
+    def _tokens(self, request: Request) -> tuple[float, float]:
+        """(tokens of the whole request, tokens per byte of its leading prompt)."""
+        learned = 1.0 / self._bytes_per_token.value
+        extra = request.extra_bytes * learned
+        if request.prompt_tokens is None:
+            return request.prompt_bytes * learned + extra, learned
+        return request.prompt_tokens + extra, request.prompt_tokens / max(request.prompt_bytes, 1)
+
+    def _book(self, request: Request, view: PoolView, best: int, now: float) -> None:
+        row = int(view.rows[best])
+        charge = Charge(
+            request=request,
+            row=row,
+            generation=int(self.pool.generation[row]),
+            tokens=round(float(view.uncached[best])),
+            context=round(view.prompt_tokens),
+            predicted=int(view.matched_blocks[best]),
+            booked_at=now,
+        )
+        expected_s = (float(view.backlog[best]) + charge.tokens) / float(view.speed[best])
+        self.charges.book(charge, expected_s=expected_s)
+        self._decisions += 1
+        self.pool.last_pick[row] = self._decisions
+        # Learned at booking: the next request of the same group, a moment later, must already find it.
+        self.index.store(row, request.block_hashes)
+        self._remember_session(request, row)
+
+    def _speed(self, row: int) -> float:
+        return float(self._speeds.of(slice(row, row + 1))[0])
+
+    # --- sessions ---
+
+    def _session_row(self, request: Request) -> int | None:
+        name = self._sessions.get(request.session) if request.session else None
+        return None if name is None else self.pool.row(name)
+
+    def _remember_session(self, request: Request, row: int) -> None:
+        if not request.session:
+            return
+        self._sessions[request.session] = self.pool.endpoint(row).name
+        self._sessions.move_to_end(request.session)
+        if len(self._sessions) > self.settings.sessions:
+            self._sessions.popitem(last=False)
+
+    # --- facts about requests ---
+
+    def _response_started(self, fact: ResponseStarted, now: float) -> None:
+        """The data plane may have gone to a fallback: the charge follows the request."""
+        charge = self.charges.get(fact.request_id)
+        if charge is None or fact.served_by is None:
+            return
+        row = self.pool.row_of_address(fact.served_by)
+        if row is None or (row == charge.row and self.charges.stands(charge)):
+            return
+        self._fault(charge, now)
+        self.charges.close(fact.request_id, now)
+        moved = Charge(
+            request=charge.request,
+            row=row,
+            generation=int(self.pool.generation[row]),
+            tokens=charge.tokens,
+            context=charge.context,
+            predicted=0,
+            booked_at=now,
+        )
+        self.charges.book(moved, expected_s=charge.tokens / self._speed(row))
+        self.index.store(row, charge.request.block_hashes)
+        self._remember_session(charge.request, row)
+
+    def _first_token(self, request_id: int, now: float) -> None:
+        charge = self.charges.get(request_id)
+        if charge is None:
+            return
+        since = max(charge.booked_at, float(self.pool.progress_at[charge.row]))
+        if self.charges.first_token(request_id, now) is None:
+            return
+        if charge.request.streaming and charge.tokens >= _LEARN_FROM_TOKENS and now > since:
+            self._speeds.add(charge.row, charge.tokens, now - since)
+
+    def _finished(self, request_id: int, status: int, usage: Usage | None, now: float) -> None:
+        charge = self.charges.close(request_id, now)
+        if charge is None or not self.charges.stands(charge):
+            return
+        if status >= 500:
+            self._fault(charge, now)
+        elif status < 400:
+            self.pool.failures[charge.row] = 0
+        if usage is not None and usage.prompt_tokens > 0:
+            self._learn_usage(charge, usage)
+
+    def _failed(self, request_id: int, reason: FailureReason, now: float) -> None:
+        self.queue.remove(request_id)
+        charge = self.charges.close(request_id, now)
+        if charge is not None and reason.blames_endpoint:
+            self._fault(charge, now)
+
+    def _fault(self, charge: Charge, now: float) -> None:
+        """One more fault of an endpoint; enough in a row and it rests."""
+        if not self.charges.stands(charge):
+            return
+        failures = int(self.pool.failures[charge.row]) + 1
+        self.pool.failures[charge.row] = failures
+        beyond = failures - self.settings.eject_after
+        if beyond >= 0:
+            rest = min(self.settings.eject_s * 2.0 ** min(beyond, 30), self.settings.eject_max_s)
+            self.pool.ejected_until[charge.row] = now + rest
+
+    def _learn_usage(self, charge: Charge, usage: Usage) -> None:
+        request = charge.request
+        if request.prompt_bytes and not request.extra_bytes:
+            self._bytes_per_token.add(request.prompt_bytes, usage.prompt_tokens)
+        if usage.cached_tokens is None or not request.block_hashes.size:
+            return
+        # One engine block of slack: the engine counts whole blocks of its own, at other boundaries than ours.
+        slack = float(np.nan_to_num(self.pool.block_size[charge.row], nan=16.0))
+        share = min((usage.cached_tokens + slack) / usage.prompt_tokens, 1.0)
+        actual = int(share * request.prompt_bytes) // self.settings.block_bytes
+        self.index.correct(charge.row, request.block_hashes, predicted=charge.predicted, actual=actual)
+
+    # --- facts about endpoints ---
+
+    def _about_endpoint(self, fact: ModelsObserved | HealthObserved | EndpointDraining | CacheCleared) -> None:
+        row = self.pool.row(fact.name)
+        if row is None:
+            return
+        match fact:
+            case ModelsObserved(models=models):
+                self.pool.set_models(row, models)
+            case HealthObserved(healthy=healthy):
+                self.pool.healthy[row] = healthy
+            case EndpointDraining(draining=draining):
+                self.pool.draining[row] = draining
+            case CacheCleared():
+                self.index.clear(row)
+
+    def _added(self, endpoint: Endpoint, now: float) -> None:
+        row = self.pool.row(endpoint.name)
+        if row is not None and self.pool.endpoint(row).address == endpoint.address:
+            models = endpoint.models or self.pool.endpoint(row).models
+            self.pool.describe(row, _with_models(endpoint, models))
+            return
+        if row is not None:
+            self._removed(endpoint.name)
+        rows = self.pool.rows
+        row = self.pool.add(endpoint, now)
+        if self.pool.rows != rows:
+            self._speeds.grow(self.pool.rows)
+            self.index.grow_rows(self.pool.rows)
+
+    def _removed(self, name: str) -> None:
+        row = self.pool.row(name)
+        if row is None:
+            return
+        self.pool.remove(row)
+        self.index.remove_row(row)
+        self._speeds.forget(row)
+
+    def _load(self, fact: LoadObserved) -> None:
+        row = self.pool.row(fact.name)
+        if row is None:
+            return
+        if self._restarted(row, fact):
+            self.index.clear(row)
+        pool = self.pool
+        pool.observed_at[row] = fact.observed_at
+        for column, value in (
+            (pool.waiting, fact.waiting),
+            (pool.running, fact.running),
+            (pool.kv_usage, fact.kv_usage),
+            (pool.queries, fact.queries),
+            (pool.hits, fact.hits),
+            (pool.started_at, fact.started_at),
+            (pool.block_size, fact.block_size),
+            (pool.max_adapters, fact.max_adapters),
+        ):
+            column[row] = np.nan if value is None else value
+        if fact.kv_capacity_tokens is not None:
+            self._set_capacity(row, fact.kv_capacity_tokens)
+        if fact.adapters is not None:
+            pool.set_adapters(row, fact.adapters)
+
+    def _restarted(self, row: int, fact: LoadObserved) -> bool:
+        """A new process start, or a counter that went back: the cache the index remembers is gone."""
+        started, queries = float(self.pool.started_at[row]), float(self.pool.queries[row])
+        moved = fact.started_at is not None and fact.started_at > started + 1.0
+        return moved or (fact.queries is not None and fact.queries < queries)
+
+    def _set_capacity(self, row: int, tokens: int) -> None:
+        """Follow the engine's capacity, and what we learn of bytes per token, in steps that matter."""
+        self.pool.kv_capacity[row] = tokens
+        blocks = max(1, int(tokens * self._bytes_per_token.value) // self.settings.block_bytes)
+        known = float(self.pool.capacity_blocks[row])
+        if not abs(blocks - known) <= 0.02 * known:
+            self.pool.capacity_blocks[row] = blocks
+            self.index.set_capacity(row, blocks)
+
+
+def _with_models(endpoint: Endpoint, models: frozenset[str]) -> Endpoint:
+    return Endpoint(
+        endpoint.name, endpoint.address, models, endpoint.role, endpoint.scheme, endpoint.rank, endpoint.labels
+    )

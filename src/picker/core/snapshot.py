@@ -1,0 +1,72 @@
+"""The pool in words: one plain record an endpoint, for people and the admin API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from picker.core.pool import Pool
+from picker.types import Endpoint, FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """One endpoint as the scheduler sees it, for people; None where nothing is known."""
+
+    name: str
+    address: str
+    models: tuple[str, ...]
+    role: str
+    healthy: bool
+    draining: bool
+    ejected_for_s: float | None
+    failures: int
+    inflight_requests: int
+    prefilling_requests: int
+    backlog_tokens: int
+    context_tokens: int
+    waiting: float | None
+    running: float | None
+    kv_usage: float | None
+    kv_capacity_tokens: float | None
+    scrape_age_s: float | None
+    prefill_tokens_per_s: float
+    index_blocks: int
+    index_trust: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def endpoint_state(
+    pool: Pool, row: int, endpoint: Endpoint, now: float, *, speed: float, index_blocks: int, index_trust: float
+) -> EndpointState:
+    """One row of the pool, with what is known outside of it: learned speed and the prefix index."""
+    rest = float(pool.ejected_until[row]) - now
+    return EndpointState(
+        name=endpoint.name,
+        address=endpoint.address,
+        models=tuple(sorted(endpoint.models)),
+        role=endpoint.role.value,
+        healthy=bool(pool.healthy[row]),
+        draining=bool(pool.draining[row]),
+        ejected_for_s=rest if rest > 0 else None,
+        failures=int(pool.failures[row]),
+        inflight_requests=int(pool.inflight[row]),
+        prefilling_requests=int(pool.prefilling[row]),
+        backlog_tokens=int(pool.backlog[row]),
+        context_tokens=int(pool.context[row]),
+        waiting=_known(pool.waiting, row),
+        running=_known(pool.running, row),
+        kv_usage=_known(pool.kv_usage, row),
+        kv_capacity_tokens=_known(pool.kv_capacity, row),
+        scrape_age_s=_known(now - pool.observed_at, row),
+        prefill_tokens_per_s=speed,
+        index_blocks=index_blocks,
+        index_trust=index_trust,
+        labels=dict(endpoint.labels),
+    )
+
+
+def _known(column: FloatArray, row: int) -> float | None:
+    value = float(column[row])
+    return None if np.isnan(value) else value

@@ -1,0 +1,394 @@
+"""One request's life as a state machine: events in, actions out, exactly one terminal report.
+
+Both front ends turn their own wire into these events and these actions into their own wire; what happens between
+is decided here, once. An `Exchange` parses the body a single time, asks for a decision, follows the response for its
+first token and usage, and promises: every decision it accepts is followed by exactly one `Finished` or `Failed`.
+No IO, no clock, no knowledge of how a decision is made.
+
+    HEAD -> BODY -> DECIDING -> UPSTREAM -> RESPONSE -> DONE
+                        ^----------'  (an endpoint failed before its first byte: decide again)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from picker.errors import WireError
+from picker.types import (
+    Call,
+    CallKind,
+    Decision,
+    Fact,
+    Failed,
+    FailureReason,
+    Finished,
+    FirstToken,
+    Outcome,
+    Rejection,
+    ResponseStarted,
+)
+from picker.wire import openai, sse
+
+Headers = tuple[tuple[str, str], ...]
+
+ENDPOINT_HEADER = "x-picker-endpoint"
+REQUEST_HEADER = "x-picker-request-id"
+SESSION_HEADERS = ("x-session-id", "session-id", "x-session-affinity", "x-claude-code-session-id")
+
+
+# --- events: what happened ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """Request line and headers (names in lower case). end: there is no body.
+
+    subset: addresses the data plane restricts this request to, when it says so.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    end: bool = False
+    subset: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    data: bytes = field(repr=False)
+    end: bool = False
+    subset: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFailed:
+    """The endpoint could not be reached, or broke off; only a front end that owns the upstream sends this."""
+
+    reason: FailureReason
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """served_by: "ip:port" that answered, when the data plane says so. end: there is no body."""
+
+    status: int
+    headers: Mapping[str, str]
+    end: bool = False
+    served_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseBody:
+    data: bytes = field(repr=False)
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The client, the stream or the process went away; nothing more will come."""
+
+    reason: FailureReason = FailureReason.CLIENT_GONE
+
+
+Event = RequestHead | RequestBody | Decided | UpstreamFailed | ResponseHead | ResponseBody | Closed
+
+
+# --- actions: what the shell must do -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Decide where this goes and answer with `Decided`. exclude: endpoint names that failed it already."""
+
+    call: Call
+    subset: frozenset[str] | None = None
+    exclude: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Send the request, body unchanged, to `decision.endpoint` with these headers set."""
+
+    decision: Decision
+    body: bytes = field(repr=False)
+    set_headers: Headers = ()
+    bodyless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Respond:
+    """Answer the client ourselves; the exchange is over."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PassHead:
+    """Hand the response head on to the client with these headers set."""
+
+    set_headers: Headers
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PassBody:
+    data: bytes = field(repr=False)
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The response cannot be completed after its head was sent: break the client's connection off."""
+
+    reason: FailureReason
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    fact: Fact
+
+
+Action = Submit | Forward | Respond | PassHead | PassBody | Cut | Report
+
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_body_bytes: larger requests get 413. max_attempts: endpoints tried before the first response byte.
+
+    name_endpoint: tell the client which endpoint served it (`x-picker-endpoint`) and our request id.
+    """
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_attempts: int = 3
+    name_endpoint: bool = True
+
+
+class Phase(enum.Enum):
+    HEAD = "head"
+    BODY = "body"
+    DECIDING = "deciding"
+    UPSTREAM = "upstream"
+    RESPONSE = "response"
+    DONE = "done"
+
+
+_STATUS_OF_FAILURE = {FailureReason.TIMEOUT: 504, FailureReason.SHUTDOWN: 503}
+_RETRYABLE = frozenset({FailureReason.CONNECT, FailureReason.RESET})
+
+
+class Exchange:
+    """One request. Feed it every event in order; do every action it returns, in order.
+
+    `Submit` must be answered by `Decided` before anything but `Closed`. Events that come after the end are ignored:
+    data planes send them (a body still arriving after a 413, a close after the last byte).
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_body",
+        "_decision",
+        "_head",
+        "_observer",
+        "_size",
+        "_status",
+        "_submit",
+        "_subset",
+        "id",
+        "limits",
+        "phase",
+    )
+
+    def __init__(self, request_id: int, limits: Limits) -> None:
+        self.id = request_id
+        self.limits = limits
+        self.phase = Phase.HEAD
+        self._head: RequestHead | None = None
+        self._body: list[bytes] = []
+        self._size = 0
+        self._subset: frozenset[str] | None = None
+        self._submit: Submit | None = None
+        self._decision: Decision | None = None
+        self._observer: sse.Observer | None = None
+        self._attempts = 0
+        self._status = 0
+
+    def receive(self, event: Event) -> list[Action]:
+        """Advance by one event; raises `WireError` when the data plane sends events out of order."""
+        if self.phase is Phase.DONE:
+            return []
+        match event:
+            case ResponseBody():
+                return self._response_body(event)
+            case RequestHead():
+                return self._request_head(event)
+            case RequestBody():
+                return self._request_body(event)
+            case Decided(outcome):
+                return self._decided(outcome)
+            case ResponseHead():
+                return self._response_head(event)
+            case UpstreamFailed(reason):
+                return self._upstream_failed(reason)
+            case Closed(reason):
+                return self._end([], self._failure(reason))
+
+    # request side
+
+    def _request_head(self, head: RequestHead) -> list[Action]:
+        self._expect(Phase.HEAD)
+        self._head, self._subset = head, head.subset
+        if head.end:
+            return self._ask(Call(kind=CallKind.OTHER, model=None, session=self._session()))
+        self.phase = Phase.BODY
+        length = head.headers.get("content-length", "")
+        return self._too_large() if length.isdigit() and int(length) > self.limits.max_body_bytes else []
+
+    def _request_body(self, event: RequestBody) -> list[Action]:
+        self._expect(Phase.BODY)
+        self._size += len(event.data)
+        if self._size > self.limits.max_body_bytes:
+            return self._too_large()
+        self._body.append(event.data)
+        if event.subset is not None:
+            self._subset = event.subset
+        return self._parse() if event.end else []
+
+    def _parse(self) -> list[Action]:
+        assert self._head is not None
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = [body]
+        try:
+            call = openai.parse_call(self._head.path, body)
+        except WireError as error:
+            return self._answer(error.status, error.message, kind=error.kind, param=error.param)
+        session = self._session()
+        return self._ask(call if session is None else replace(call, session=session))
+
+    def _ask(self, call: Call) -> list[Action]:
+        self.phase = Phase.DECIDING
+        self._submit = Submit(call, self._subset)
+        return [self._submit]
+
+    def _session(self) -> str | None:
+        assert self._head is not None
+        headers = self._head.headers
+        return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
+
+    # decision
+
+    def _decided(self, outcome: Outcome) -> list[Action]:
+        self._expect(Phase.DECIDING)
+        if isinstance(outcome, Rejection):
+            return self._reject(outcome)
+        assert self._head is not None
+        self._decision = outcome
+        self._attempts += 1
+        self.phase = Phase.UPSTREAM
+        rank = outcome.endpoint.rank
+        pin: Headers = () if rank is None else (("x-data-parallel-rank", str(rank)),)
+        body = self._body[0] if self._body else b""
+        return [Forward(outcome, body, pin, bodyless=self._head.end)]
+
+    def _reject(self, rejection: Rejection) -> list[Action]:
+        retry = rejection.retry_after
+        headers: Headers = () if retry is None else (("retry-after", str(max(1, round(retry)))),)
+        return self._answer(rejection.status, rejection.message, headers=headers)
+
+    # response side
+
+    def _response_head(self, event: ResponseHead) -> list[Action]:
+        self._expect(Phase.UPSTREAM)
+        assert self._submit is not None
+        self._body = []
+        self.phase = Phase.RESPONSE
+        stream = self._submit.call.stream
+        self._observer = sse.observer_for(event.headers.get("content-type", ""), stream=stream)
+        self._status = event.status
+        started = Report(ResponseStarted(self.id, event.status, event.served_by))
+        actions: list[Action] = [started, PassHead(self._names(event.served_by), event.end)]
+        return self._end(actions, self._finished()) if event.end else actions
+
+    def _names(self, served_by: str | None) -> Headers:
+        assert self._decision is not None
+        if not self.limits.name_endpoint:
+            return ()
+        name = self._decision.endpoint.name
+        moved = served_by is not None and served_by != self._decision.endpoint.address
+        return ((ENDPOINT_HEADER, served_by if moved and served_by else name), (REQUEST_HEADER, str(self.id)))
+
+    def _response_body(self, event: ResponseBody) -> list[Action]:
+        self._expect(Phase.RESPONSE)
+        observer = self._observer
+        assert observer is not None
+        waiting = not observer.first_token
+        observer.feed(event.data, end=event.end)
+        actions: list[Action] = [PassBody(event.data, event.end)]
+        if waiting and observer.first_token:
+            actions.append(Report(FirstToken(self.id)))
+        return self._end(actions, self._finished()) if event.end else actions
+
+    def _upstream_failed(self, reason: FailureReason) -> list[Action]:
+        failed = self._failure(reason)
+        if self.phase is Phase.RESPONSE:
+            return self._end([Cut(reason)], failed)
+        self._expect(Phase.UPSTREAM)
+        assert self._submit is not None
+        assert self._decision is not None
+        if reason in _RETRYABLE and self._attempts < self.limits.max_attempts:
+            tried = self._submit.exclude | {self._decision.endpoint.name}
+            self._submit = replace(self._submit, exclude=tried)
+            self._decision = None
+            self.phase = Phase.DECIDING
+            return [*failed, self._submit]
+        status = _STATUS_OF_FAILURE.get(reason, 502)
+        message = f"The endpoint failed before it answered ({reason.value}); {self._attempts} tried."
+        return [*failed, *self._answer(status, message)]
+
+    # endings
+
+    def _finished(self) -> list[Action]:
+        """The terminal report of a response that came to its end; an end without its marker is a truncation."""
+        observer = self._observer
+        assert observer is not None
+        if self._status == 200 and (observer.empty_abort or not observer.done):
+            return self._failure(FailureReason.TRUNCATED)
+        self._decision = None
+        return [Report(Finished(self.id, self._status, observer.usage))]
+
+    def _failure(self, reason: FailureReason) -> list[Action]:
+        """The terminal report, if a decision is open."""
+        open_decision = self._decision is not None or self.phase is Phase.DECIDING
+        self._decision = None
+        return [Report(Failed(self.id, reason))] if open_decision else []
+
+    def _end(self, actions: list[Action], report: list[Action]) -> list[Action]:
+        self.phase = Phase.DONE
+        self._body = []
+        return actions + report
+
+    def _too_large(self) -> list[Action]:
+        limit = self.limits.max_body_bytes
+        return self._answer(413, f"The request body is larger than the limit of {limit} bytes.")
+
+    def _answer(
+        self, status: int, message: str, *, headers: Headers = (), kind: str | None = None, param: str | None = None
+    ) -> list[Action]:
+        body = openai.error_body(status, message, kind=kind, param=param)
+        return self._end([Respond(status, (("content-type", "application/json"), *headers), body)], [])
+
+    def _expect(self, phase: Phase) -> None:
+        if self.phase is not phase:
+            detail = f"an event for phase {phase.value} arrived in phase {self.phase.value}"
+            raise WireError(f"The data plane broke the protocol: {detail}.", status=500, kind="InternalServerError")

@@ -1,0 +1,250 @@
+"""Joins `Exchange` and `Scheduler` under asyncio: one clock, one timer, one table of waiting futures.
+
+Front ends call `receive` and get back only what they must do on their own wire; sources call `emit`. A decision is a
+synchronous call on the loop's thread: there is no `await` between asking the scheduler and having its charge booked.
+When the decision code itself fails, the request is routed uncharged to a healthy endpoint, counted and logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from picker.core.scheduler import Scheduler
+from picker.exchange import Action, Closed, Decided, Event, Exchange, Limits, Report, Submit
+from picker.prefix.blocks import BlockHasher
+from picker.telemetry import Telemetry
+from picker.types import (
+    Fact,
+    Failed,
+    FailureReason,
+    Finished,
+    Outcome,
+    Queued,
+    Rejection,
+    RejectReason,
+    Request,
+    Usage,
+)
+
+log = logging.getLogger("picker.runtime")
+
+Clock = Callable[[], float]
+Listener = Callable[[Fact], None]
+
+
+@dataclass(slots=True)
+class Record:
+    """What `/debug/decisions/{id}` shows of one request; never its text."""
+
+    request: Request
+    outcome: Outcome
+    decided_at: float
+    seconds: float
+    ended_at: float | None = None
+    status: int | None = None
+    failure: FailureReason | None = None
+    usage: Usage | None = None
+
+
+class Runtime:
+    """Owns the futures of queued requests and the records of recent decisions; the scheduler owns the rest.
+
+    clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact after the
+    scheduler (the scraper follows discovery this way). records: how many recent decisions are kept for debugging.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        hasher: BlockHasher,
+        telemetry: Telemetry,
+        *,
+        clock: Clock,
+        limits: Limits | None = None,
+        queue_timeout: float | None = None,
+        records: int = 1000,
+    ) -> None:
+        self.scheduler = scheduler
+        self.telemetry = telemetry
+        self.clock = clock
+        self.limits = limits or Limits()
+        self.draining = False
+        self._hasher = hasher
+        self._queue_timeout = queue_timeout
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self._queued: dict[int, Request] = {}
+        self._records: OrderedDict[int, Record] = OrderedDict()
+        self._keep = records
+        self._listeners: list[Listener] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    # front ends
+
+    def open(self) -> Exchange:
+        """Begin a request. Every exchange must be ended by its own last event or by `Closed`."""
+        return Exchange(next(self._ids), self.limits)
+
+    async def receive(self, exchange: Exchange, event: Event) -> list[Action]:
+        """Feed one event; returns the actions for the front end. Waits only while the request is queued.
+
+        If the caller is cancelled while waiting, it must still feed `Closed`, which takes the request out of the queue.
+        """
+        actions: list[Action] = []
+        pending = exchange.receive(event)
+        while pending:
+            asked: Submit | None = None
+            for action in pending:
+                match action:
+                    case Report(fact):
+                        self.emit(fact)
+                    case Submit():
+                        asked = action
+                    case _:
+                        actions.append(action)
+            if asked is None:
+                return actions
+            outcome = self._submit(exchange.id, asked)
+            if isinstance(outcome, Queued):
+                outcome = await self._wait(exchange.id)
+            pending = exchange.receive(Decided(outcome))
+        return actions
+
+    def close(self, exchange: Exchange, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
+        """End an exchange that has not ended by itself; harmless when it has."""
+        for action in exchange.receive(Closed(reason)):
+            if isinstance(action, Report):
+                self.emit(action.fact)
+
+    # sources
+
+    def emit(self, fact: Fact) -> None:
+        """Tell the scheduler a fact and let queued requests go."""
+        now = self.clock()
+        try:
+            self.scheduler.apply(fact, now)
+        except Exception:
+            # Supervision: one bad fact must not end a source or a stream.
+            self.telemetry.internal_error("apply")
+            log.exception("applying a %s failed; it is ignored", type(fact).__name__)
+        self._note_end(fact, now)
+        self.telemetry.fact(fact)
+        for listener in self._listeners:
+            listener(fact)
+        self._poll(now)
+
+    def listen(self, listener: Listener) -> None:
+        """Have every fact handed on after the scheduler has seen it."""
+        self._listeners.append(listener)
+
+    def drain(self) -> None:
+        """Take nothing new: every further request is answered 503, what runs goes on."""
+        self.draining = True
+
+    # debugging
+
+    def record(self, request_id: int) -> Record | None:
+        return self._records.get(request_id)
+
+    def recent(self, limit: int = 50) -> Sequence[Record]:
+        """The latest decisions, newest first."""
+        return list(itertools.islice(reversed(self._records.values()), limit))
+
+    # deciding
+
+    def prepare(self, request_id: int, submit: Submit, now: float) -> Request:
+        """What the scheduler may know of a call: hashes and sizes, no text."""
+        call = submit.call
+        return Request(
+            id=request_id,
+            model=call.model,
+            arrived_at=now,
+            block_hashes=self._hasher.hash(call.prompt, root=self._hasher.root(call.model, call.salt)),
+            prompt_bytes=len(call.prompt),
+            extra_bytes=call.extra_bytes,
+            prompt_tokens=call.prompt_tokens,
+            max_tokens=call.max_tokens,
+            priority=call.priority,
+            session=call.session,
+            streaming=call.stream,
+            subset=submit.subset,
+            exclude=submit.exclude,
+            deadline=None if self._queue_timeout is None else now + self._queue_timeout,
+        )
+
+    def _submit(self, request_id: int, submit: Submit) -> Outcome | Queued:
+        now = self.clock()
+        if self.draining:
+            return Rejection(request_id, RejectReason.SHUTDOWN, 503, "The gateway is shutting down.", retry_after=1.0)
+        request = Request(request_id, submit.call.model, now, subset=submit.subset, exclude=submit.exclude)
+        try:
+            request = self.prepare(request_id, submit, now)
+            outcome = self.scheduler.submit(request, now)
+        except Exception:
+            # Supervision: a bug in a scorer costs the quality of one decision, never the request.
+            self.telemetry.internal_error("submit")
+            log.exception("deciding request %d failed; it is routed uncharged", request_id)
+            outcome = self.scheduler.fallback(request)
+        if isinstance(outcome, Queued):
+            self._queued[request_id] = request
+            self._arm()
+        else:
+            self._settle(request, outcome, now)
+        return outcome
+
+    def _settle(self, request: Request, outcome: Outcome, started_at: float) -> None:
+        now = self.clock()
+        self.telemetry.decision(outcome, now - started_at)
+        self._records[request.id] = Record(request, outcome, decided_at=now, seconds=now - started_at)
+        while len(self._records) > self._keep:
+            self._records.popitem(last=False)
+
+    def _note_end(self, fact: Fact, now: float) -> None:
+        if not isinstance(fact, Finished | Failed):
+            return
+        record = self._records.get(fact.request_id)
+        if record is not None:
+            record.ended_at = now
+            if isinstance(fact, Finished):
+                record.status, record.usage = fact.status, fact.usage
+            else:
+                record.failure = fact.reason
+
+    # the queue
+
+    async def _wait(self, request_id: int) -> Outcome:
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = future
+        try:
+            return await future
+        finally:
+            self._waiting.pop(request_id, None)
+            self._queued.pop(request_id, None)
+
+    def _poll(self, now: float) -> None:
+        """Hand out what the scheduler has decided meanwhile, then re-arm the one timer."""
+        if not self._queued:
+            return
+        for outcome in self.scheduler.poll(now):
+            request = self._queued.pop(outcome.request_id)
+            self._settle(request, outcome, now)
+            self._waiting[outcome.request_id].set_result(outcome)
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wakeup = self.scheduler.next_wakeup()
+        if wakeup is not None and self._queued:
+            delay = max(0.0, wakeup - self.clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._poll(self.clock())
