@@ -1,0 +1,91 @@
+"""`picker epp`: the Envoy ext-proc service."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+
+from picker.app import App, Serve, stopping_on_signals
+from picker.commands.options import routing_config, routing_options, run
+from picker.config import Config
+from picker.errors import ConfigError
+from picker.frontends.admin import Admin
+from picker.frontends.extproc import ExtProc
+from picker.frontends.serving import listen, port_of
+
+
+@click.command()
+@routing_options
+@click.option("--host", metavar="ADDR", help="Address of the gRPC ports.  [default: 0.0.0.0]")
+@click.option("--grpc-port", type=int, metavar="N", help="ext-proc.  [default: 9002]")
+@click.option("--grpc-health-port", type=int, metavar="N", help="gRPC health.  [default: 9003]")
+@click.option("--metrics-host", metavar="ADDR", help="Address of metrics, health and debug routes.  [127.0.0.1]")
+@click.option("--metrics-port", type=int, metavar="N", help="Their port.  [default: 9090]")
+@click.option("--secure-serving", type=bool, default=None, metavar="BOOL", help="TLS; needs --cert-path.  [false]")
+@click.option("--cert-path", metavar="DIR", help="Folder with tls.crt and tls.key.")
+def command(
+    host: str | None,
+    grpc_port: int | None,
+    grpc_health_port: int | None,
+    metrics_host: str | None,
+    metrics_port: int | None,
+    secure_serving: bool | None,
+    cert_path: str | None,
+    **routing: Any,
+) -> None:
+    """Envoy ext-proc service: the endpoint picker behind a Gateway API Inference Extension gateway or a bare Envoy."""
+    if secure_serving and not cert_path:
+        raise click.UsageError("--secure-serving true needs --cert-path DIR with tls.crt and tls.key")
+    config = routing_config(
+        **routing,
+        **{
+            "epp.host": host,
+            "epp.grpc_port": grpc_port,
+            "epp.grpc_health_port": grpc_health_port,
+            "epp.cert_path": None if secure_serving is False else cert_path,
+            "admin.host": metrics_host,
+            "admin.port": metrics_port,
+        },
+    )
+    run(serve(config))
+
+
+async def serve(config: Config) -> None:
+    app = App(config)
+    epp = ExtProc(app.runtime)
+
+    async def ext_proc(stop: asyncio.Event) -> None:
+        host = config.epp.host
+        serving = epp.serving(
+            f"{host}:{config.epp.grpc_port}",
+            health_address=f"{host}:{config.epp.grpc_health_port}",
+            credentials=_credentials(config.epp.cert_path),
+            grace=config.drain_timeout_s,
+        )
+        async with serving as port:
+            click.echo(f"picker epp: ext-proc on {host}:{port}, health on :{config.epp.grpc_health_port}", err=True)
+            await stop.wait()
+
+    frontends: list[Serve] = [ext_proc]
+    if config.admin.port is not None:
+        admin, socket = Admin(app.runtime, token=config.admin.token), listen(config.admin.host, config.admin.port)
+        frontends.append(lambda stop: admin.serve(socket, stop))
+        click.echo(f"metrics, health and debug on http://{config.admin.host}:{port_of(socket)}", err=True)
+    stop = asyncio.Event()
+    with stopping_on_signals(stop):
+        await app.run(frontends, stop)
+
+
+def _credentials(folder: str | None) -> grpc.ServerCredentials | None:
+    """TLS from tls.crt and tls.key, the names of a Kubernetes TLS secret."""
+    if folder is None:
+        return None
+    try:
+        certificate, key = ((Path(folder) / name).read_bytes() for name in ("tls.crt", "tls.key"))
+    except OSError as error:
+        raise ConfigError(f"--cert-path: cannot read {error.filename}: {error.strerror}") from None
+    return grpc.ssl_server_credentials([(key, certificate)])

@@ -1,0 +1,118 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from picker.config import POLICIES, Config, load_config, override
+from picker.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class Size(click.ParamType):
+    """Bytes, with an optional unit: 1048576, 512MiB, 2G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", str(value), re.IGNORECASE)
+        unit = found and _UNITS.get(found[2].lower())
+        if not found or unit is None:
+            self.fail(f"{value!r} is not a size; write for example 512MiB", param, ctx)
+        return int(float(found[1]) * unit)
+
+
+def routing_options(command: F) -> F:
+    """What every picker that routes needs: endpoints, policy, memory."""
+    options = (
+        click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML configuration file."),
+        click.option("--endpoint", "endpoints", multiple=True, metavar="URL", help="A vLLM server; repeat for each."),
+        click.option("--endpoints-file", metavar="FILE", help="YAML list of endpoints, watched for changes."),
+        click.option("--policy", type=click.Choice(POLICIES), help="How endpoints are chosen.  [default: picker]"),
+        click.option("--index-budget", type=Size(), metavar="SIZE", help="Memory for prefix knowledge.  [512MiB]"),
+        click.option("--scrape-interval", type=float, metavar="S", help="Seconds between metric scrapes.  [1]"),
+        click.option("--max-inflight", type=int, metavar="N", help="Requests per endpoint before others queue here."),
+        click.option("--seed", type=int, help="Make random choices repeatable."),
+        click.option("--log-level", default="info", show_default=True, help="debug, info, warning or error."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def routing_config(
+    *,
+    config_file: Path | None,
+    endpoints: tuple[str, ...],
+    endpoints_file: str | None,
+    policy: str | None,
+    index_budget: int | None,
+    scrape_interval: float | None,
+    max_inflight: int | None,
+    seed: int | None,
+    log_level: str,
+    **more: Any,
+) -> Config:
+    """The configuration that the file and the shared flags describe. more: dotted keys of further flags."""
+    start_logging(log_level)
+    return override(
+        load_config(config_file),
+        {
+            "endpoints": list(endpoints) or None,
+            "endpoints_file": endpoints_file,
+            "policy": policy,
+            "index.budget_bytes": index_budget,
+            "scrape.interval_s": scrape_interval,
+            "queue.max_inflight": max_inflight,
+            "seed": seed,
+            **more,
+        },
+    )
+
+
+def start_logging(level: str) -> None:
+    """Log lines on stderr; stdout belongs to results."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ConfigError(f"--log-level: {level!r} is not one of debug, info, warning, error")
+    logging.basicConfig(
+        level=number, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+    logging.getLogger("asyncio").setLevel(max(number, logging.WARNING))
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine on uvloop where it is installed; of errors that came together the first one is raised."""
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(main)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+
+
+def first_error(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The first error that is not itself a group."""
+    error = group.exceptions[0]
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

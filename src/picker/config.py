@@ -1,0 +1,268 @@
+"""The configuration: frozen values, parsed once and strictly. Constructs nothing; `app` does that.
+
+One YAML file (`--config`), every part optional; flags win over the file. An unknown key or a wrong type is a
+`ConfigError` that names the key, where it stands and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from picker.errors import ConfigError
+
+MIB = 1024 * 1024
+
+POLICIES = ("picker", "weighted", "least-request", "round-robin", "random")
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A section of the file; its fields are its keys."""
+
+
+class EndpointSpec(Part, frozen=True):
+    """One endpoint. address: host:port or URL. models: asked from it when empty. role: both, prefill or decode."""
+
+    address: str
+    name: str | None = None
+    models: list[str] = []
+    role: str = "both"
+    rank: int | None = None
+    labels: dict[str, str] = {}
+
+
+class ScorerSpec(Part, frozen=True):
+    """A scorer of the `weighted` policy: a short name or module:Class, its weight and its own parameters."""
+
+    name: str
+    weight: float = 1.0
+    parameters: dict[str, Any] = {}
+
+
+class IndexConfig(Part, frozen=True):
+    """The memory of who caches what. block_bytes: prompt bytes a block. budget_bytes: a hard limit."""
+
+    block_bytes: int = 256
+    budget_bytes: int = 512 * MIB
+
+
+class QueueConfig(Part, frozen=True):
+    """max_inflight: requests an endpoint gets before others wait here (null: no limit, the engines queue)."""
+
+    max_inflight: int | None = None
+    size: int = 1000
+    timeout_s: float = 60.0
+
+
+class HealthConfig(Part, frozen=True):
+    """eject_after: consecutive faults until an endpoint rests for eject_s, doubling up to eject_max_s."""
+
+    eject_after: int = 3
+    eject_s: float = 1.0
+    eject_max_s: float = 30.0
+
+
+class ScrapeConfig(Part, frozen=True):
+    """How often each endpoint's /metrics is read. Decisions do not wait for it."""
+
+    interval_s: float = 1.0
+    timeout_s: float = 1.0
+
+
+class LimitConfig(Part, frozen=True):
+    """max_attempts: endpoints tried before the first byte. name_endpoint: set x-picker-endpoint on responses."""
+
+    max_body_bytes: int = 32 * MIB
+    max_attempts: int = 3
+    name_endpoint: bool = True
+
+
+class ProxyConfig(Part, frozen=True):
+    """The standalone reverse proxy. first_byte_timeout_s: longest wait for a response to begin."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    connect_timeout_s: float = 2.0
+    first_byte_timeout_s: float = 600.0
+    idle_timeout_s: float = 300.0
+
+
+class EppConfig(Part, frozen=True):
+    """The Envoy ext-proc service. cert_path: folder with tls.crt and tls.key; plain HTTP/2 without it."""
+
+    host: str = "0.0.0.0"
+    grpc_port: int = 9002
+    grpc_health_port: int = 9003
+    cert_path: str | None = None
+
+
+class AdminConfig(Part, frozen=True):
+    """Metrics, health and debug routes. port null: off. token: bearer token for the debug routes."""
+
+    host: str = "127.0.0.1"
+    port: int | None = 9090
+    token: str | None = None
+
+
+class Config(Part, frozen=True):
+    """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes."""
+
+    endpoints: list[str | EndpointSpec] = []
+    endpoints_file: str | None = None
+    policy: str = "picker"
+    scorers: list[ScorerSpec] = []
+    picker: str = "max-score"
+    seed: int | None = None
+    drain_timeout_s: float = 30.0
+    index: IndexConfig = IndexConfig()
+    queue: QueueConfig = QueueConfig()
+    health: HealthConfig = HealthConfig()
+    scrape: ScrapeConfig = ScrapeConfig()
+    limits: LimitConfig = LimitConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    epp: EppConfig = EppConfig()
+    admin: AdminConfig = AdminConfig()
+
+
+def load_config(path: Path | None) -> Config:
+    """The configuration in a YAML file, or the defaults when there is none."""
+    if path is None:
+        return Config()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    try:
+        return parse_config(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(text: str) -> Config:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {_one_line(error)}") from None
+    return from_values({} if values is None else values)
+
+
+def from_values(values: Any) -> Config:
+    """Checked configuration from plain values (a parsed file)."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected keys and values at the top, got {type(values).__name__}")
+    try:
+        config = msgspec.convert(values, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error))) from None
+    check(config)
+    return config
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Put flags over a configuration: keys are dotted ("proxy.port"); None leaves the file's value."""
+    for key, value in changes.items():
+        if value is None:
+            continue
+        section, _, field = key.rpartition(".")
+        if section:
+            part = msgspec.structs.replace(getattr(config, section), **{field: value})
+            config = msgspec.structs.replace(config, **{section: part})
+        else:
+            config = msgspec.structs.replace(config, **{field: value})
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """What types alone do not say."""
+    if config.policy not in POLICIES:
+        raise ConfigError(
+            f"policy: {config.policy!r} is not one of {', '.join(POLICIES)}{_near(config.policy, POLICIES)}"
+        )
+    if config.policy == "weighted" and not config.scorers:
+        raise ConfigError("policy: 'weighted' needs a list of scorers")
+    if config.scorers and config.policy != "weighted":
+        raise ConfigError(f"scorers: they are used by policy 'weighted' only, and policy is {config.policy!r}")
+    positive = {
+        "index.block_bytes": config.index.block_bytes,
+        "index.budget_bytes": config.index.budget_bytes,
+        "scrape.interval_s": config.scrape.interval_s,
+        "scrape.timeout_s": config.scrape.timeout_s,
+        "limits.max_body_bytes": config.limits.max_body_bytes,
+        "limits.max_attempts": config.limits.max_attempts,
+        "queue.timeout_s": config.queue.timeout_s,
+        "proxy.connect_timeout_s": config.proxy.connect_timeout_s,
+        "proxy.first_byte_timeout_s": config.proxy.first_byte_timeout_s,
+        "proxy.idle_timeout_s": config.proxy.idle_timeout_s,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key}: must be greater than 0, got {value}")
+    if config.index.block_bytes % 4:
+        raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
+    if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
+        raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
+    for key, port in (("proxy.port", config.proxy.port), ("epp.grpc_port", config.epp.grpc_port)):
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"{key}: must be a port from 0 to 65535, got {port}")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file."""
+    return msgspec.json.schema(Config)
+
+
+def to_values(config: Config) -> dict[str, Any]:
+    """Plain values, as the file would have them; secrets are masked."""
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    if values["admin"]["token"] is not None:
+        values["admin"]["token"] = "***"
+    return values
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<where>[^`]*)`)?")
+_PLACE = re.compile(r" - at `\$\.?(?P<where>[^`]*)`")
+
+
+def _explain(message: str) -> str:
+    unknown = _UNKNOWN.search(message)
+    if unknown:
+        where, key = unknown["where"] or "", unknown["key"]
+        place = f"{where}.{key}" if where else key
+        return f"{place}: unknown key{_near(key, _keys_at(where))}"
+    place_of = _PLACE.search(message)
+    where = place_of["where"] if place_of else ""
+    return f"{where or 'configuration'}: {_PLACE.sub('', message)}"
+
+
+def _keys_at(where: str) -> list[str]:
+    sections: dict[str, type[Part]] = {
+        "": Config,
+        "endpoints": EndpointSpec,
+        "scorers": ScorerSpec,
+        "index": IndexConfig,
+        "queue": QueueConfig,
+        "health": HealthConfig,
+        "scrape": ScrapeConfig,
+        "limits": LimitConfig,
+        "proxy": ProxyConfig,
+        "epp": EppConfig,
+        "admin": AdminConfig,
+    }
+    part = sections.get(where.partition("[")[0], Config)
+    return [field.name for field in msgspec.structs.fields(part)]
+
+
+def _near(word: str, words: list[str] | tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(words)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,89 @@
+"""Chained hashes of a prompt's blocks: equal hashes mean equal prefixes. All blocks of a prompt are hashed at once.
+
+Keyed by a secret of the process, so that a client cannot craft two prompts that seem to share a prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from picker.types import NO_BLOCKS, UInt64Array
+
+# Hashes 0 and 1 mean "never used" and "deleted" in `prefix.table`.
+RESERVED = 2
+
+_C1 = np.uint64(0xFF51AFD7ED558CCD)
+_C2 = np.uint64(0xC4CEB9FE1A85EC53)
+_S33 = np.uint64(33)
+_S32 = np.uint64(32)
+_HIGH = np.uint64(0xFFFFFFFF00000000)
+_ROOTS = 4096  # (model, salt) pairs remembered
+
+
+class BlockHasher:
+    """Hashes prompts under one secret. block_bytes: bytes per block, a multiple of 4.
+
+    A block's words w_j are hashed by two independent sums of w_j * k_j mod 2^64 with secret 64-bit keys, of which the
+    upper halves are kept: strongly universal (Lemire & Kaser, "Strongly universal string hashing is fast", 2014), so
+    that any two blocks collide with probability 2^-64 over the secret, whatever a client chooses. Each value is mixed
+    with a secret of its position, and prefix i is the running sum up to i, mixed with the chain's root: an additive
+    message hash in counter mode (Bellare & Micciancio, "A new paradigm for collision-free hashing", 1997), which needs
+    no sequential pass.
+    """
+
+    def __init__(self, secret: bytes, block_bytes: int = 256) -> None:
+        if block_bytes < 4 or block_bytes % 4:
+            raise ValueError(f"block_bytes must be a positive multiple of 4, got {block_bytes}")
+        self.block_bytes = block_bytes
+        self._secret = hashlib.blake2b(secret, digest_size=32).digest()
+        self._words = block_bytes // 4
+        self._keys = self._stream(b"words", 2 * self._words).reshape(2, self._words)
+        self._positions = self._stream(b"positions", 256)
+        self._roots: dict[tuple[str | None, str | None], int] = {}
+
+    def root(self, model: str | None, salt: str | None) -> int:
+        """Where the chain of a model (or adapter) and cache salt starts; different pairs share no prefix."""
+        root = self._roots.get((model, salt))
+        if root is None:
+            parts = [b"\0" if part is None else b"\1" + part.encode("utf-8", "surrogatepass") for part in (model, salt)]
+            text = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+            root = int.from_bytes(hashlib.blake2b(text, digest_size=8, key=self._secret).digest(), "little")
+            if len(self._roots) >= _ROOTS:
+                self._roots.clear()
+            self._roots[model, salt] = root
+        return root
+
+    def hash(self, prompt: bytes, *, root: int) -> UInt64Array:
+        """(b,) hashes of the prefixes ending with each full block, oldest first; a partial last block has none."""
+        blocks = len(prompt) // self.block_bytes
+        if blocks == 0:
+            return NO_BLOCKS
+        if blocks > self._positions.size:
+            self._positions = self._stream(b"positions", 2 * blocks)
+        words = np.frombuffer(prompt, dtype="<u4", count=blocks * self._words).reshape(blocks, self._words)
+        wide = words.astype(np.uint64)
+        upper = np.einsum("bw,w->b", wide, self._keys[0])
+        lower = np.einsum("bw,w->b", wide, self._keys[1])
+        values = (upper & _HIGH) | (lower >> _S32)
+        values ^= self._positions[:blocks]
+        chain = np.cumsum(mix(values), dtype=np.uint64)
+        chain += np.uint64(root)
+        hashes = mix(chain)
+        hashes[hashes < RESERVED] += np.uint64(RESERVED)
+        return hashes
+
+    def _stream(self, purpose: bytes, count: int) -> UInt64Array:
+        """Secret 64-bit numbers for a purpose; a longer stream begins with the shorter one."""
+        return np.frombuffer(hashlib.shake_256(self._secret + purpose).digest(8 * count), dtype="<u8").astype(np.uint64)
+
+
+def mix(values: UInt64Array) -> UInt64Array:
+    """Scatter 64-bit values, one to one (MurmurHash3's finaliser)."""
+    mixed = values ^ (values >> _S33)
+    mixed *= _C1
+    mixed ^= mixed >> _S33
+    mixed *= _C2
+    mixed ^= mixed >> _S33
+    return mixed
