@@ -30,8 +30,8 @@ from picker.runtime import Clock, Runtime
 from picker.scorers import build_scorer
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
-from picker.sources.file import FileSource
-from picker.sources.scrape import ScrapeSource
+from picker.sources.file import FileSource, load_endpoints
+from picker.sources.scrape import AiohttpFetch, ScrapeSource
 from picker.sources.static import StaticSource, parse_endpoint
 from picker.telemetry import Telemetry
 from picker.types import Endpoint, Fact, Role
@@ -42,66 +42,17 @@ log = logging.getLogger("picker.app")
 class Source(Protocol):
     """How facts arrive."""
 
-    async def run(self, emit: Callable[[Fact], None]) -> None: ...
-
-
-Serve = Callable[[asyncio.Event], Coroutine[None, None, None]]
-"""How requests arrive: a front end's `serve`, bound to its socket; it ends some time after the event is set."""
-
-
-class App:
-    """One running picker: runtime, sources and front ends. clock: monotonic seconds, the same for all of them."""
-
-    def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
-        self.config = config
-        self.telemetry = Telemetry(CollectorRegistry())
-        self.runtime = Runtime(
-            build_scheduler(config),
-            BlockHasher(secret or os.urandom(32), config.index.block_bytes),
-            self.telemetry,
-            clock=clock,
-            limits=Limits(
-                max_body_bytes=config.limits.max_body_bytes,
-                max_attempts=config.limits.max_attempts,
-                name_endpoint=config.limits.name_endpoint,
-            ),
-            queue_timeout=config.queue.timeout_s,
-        )
-        self.sources = self._sources(clock)
-        self._export()
-
-    def _sources(self, clock: Clock) -> list[Source]:
-        config = self.config
-        if not config.endpoints and config.endpoints_file is None:
-            raise ConfigError("no endpoints: give --endpoint URL (as often as needed) or --endpoints-file FILE")
-        scraper = ScrapeSource(
-            interval=config.scrape.interval_s,
-            timeout=config.scrape.timeout_s,
-            clock=clock,
-            rng=random.Random(config.seed),
-        )
-        self.runtime.listen(scraper.observe)
-        sources: list[Source] = [scraper]
-        if config.endpoints:
-            sources.append(StaticSource([build_endpoint(spec) for spec in config.endpoints]))
-        if config.endpoints_file is not None:
-            sources.append(FileSource(Path(config.endpoints_file)))
-        return sources
-
-    def _export(self) -> None:
-        scheduler, gauge = self.runtime.scheduler, self.telemetry.gauge
-        gauge("picker_inflight_requests", "Requests routed and not ended.", lambda: len(scheduler.charges))
-        gauge("picker_queued_requests", "Requests waiting in picker's queue.", lambda: len(scheduler.queue))
-        gauge("picker_endpoints", "Endpoints known.", lambda: len(scheduler.pool))
-        gauge("picker_index_bytes", "Memory of the prefix index.", lambda: scheduler.index.nbytes)
-
     async def run(self, frontends: Sequence[Serve], stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then take nothing new, let running requests end and return.
 
         Raises the first error of a source or front end: a picker without its ears must not look alive.
         """
-        async with asyncio.TaskGroup() as group:
-            background = [group.create_task(source.run(self.runtime.emit)) for source in self.sources]
+        config = self.config.scrape
+        async with AiohttpFetch(timeout=config.timeout_s) as fetch, asyncio.TaskGroup() as group:
+            rng = random.Random(self.config.seed)
+            scraper = ScrapeSource(fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s)
+            self.runtime.listen(scraper.observe)
+            background = [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
             background.append(group.create_task(self._drain_on(stop)))
             await self._serve(frontends, stop)
             for task in background:

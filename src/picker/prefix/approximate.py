@@ -1,23 +1,29 @@
 """What each endpoint probably caches, learned from what we sent there: blocks, the least recently used out first.
 
 Mirrors vLLM's automatic prefix caching: block i is useful only if 0..i-1 are there too, a request's blocks are evicted
-tail first, and an endpoint holds as much as its KV cache does. Pure; arrays instead of objects; a hard bound in bytes.
+tail first, and an endpoint holds as much as its KV cache does. Pure, with a hard bound on memory.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
+from numpy.typing import NDArray
 
-from picker.prefix.blocks import RESERVED, mix
-from picker.prefix.table import Table
-from picker.types import FloatArray, Int32Array, Int64Array, UInt64Array
+from picker.types import FloatArray, Int32Array, UInt64Array
+
+SlotArray = NDArray[np.int32]
 
 _NEVER = np.iinfo(np.int64).max
-_CHUNK_BYTES = 320  # of a deque entry, its object and its array's header
+_NUMBER_BYTES = 32  # of a Python int
+_CHUNK_BYTES = 256  # of a touch: the object, its array's header, its place in the queue
 _COMPACT_SLACK = 1024
+_WALK = 64  # hashes looked up at once: a prompt nobody knows costs no more than its first blocks
 
 # Rules of `correct`. A miss counts forty times a hit: in balance about one prediction in forty is too high.
 _SHRINK = 0.98
@@ -27,98 +33,110 @@ _TRUST_GAIN = 0.05
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """One touch of one endpoint: hashes oldest first. Those touched again later belong to the later chunk."""
+class _Touch:
+    """One use of one endpoint: slots, oldest block first. What is used again later belongs to the later touch."""
 
     stamp: int
-    hashes: UInt64Array
+    slots: SlotArray
+
+
+@dataclass(slots=True)
+class _Row:
+    """One endpoint's holdings: slot -> stamp of its latest touch, and the touches in order.
+
+    queued: slots in all touches. nbytes: of `held`. announced, effective: capacity in blocks, as the engine says and
+    as it is trusted.
+    """
+
+    held: dict[int, int] = field(default_factory=dict)
+    touches: deque[_Touch] = field(default_factory=deque)
+    queued: int = 0
+    nbytes: int = 0
+    announced: float = np.inf
+    effective: float = np.inf
 
 
 class ApproximateIndex:
-    """(block, endpoint row) pairs. budget_bytes: bound on everything allocated here, rebuilds included.
+    """Who holds which block. budget_bytes: bound on everything allocated here, growth of its tables included.
 
-    `_blocks` maps a block's hash to the bit set of rows that hold it; `_pairs` maps a pair to the stamp of its latest
-    touch. Each row queues its touches in order: evicting means taking, from the oldest touch, the tail of what no
-    later touch has claimed. A touch always claims a whole prefix, so a row's holdings stay closed under prefixes.
+    A block has a slot; `_holders[slot]` is the set of rows that hold it, as bits. Dictionaries do the looking up: a
+    hundred blocks take a few microseconds, less than the calls of a vectorised hash table. Sets of rows are intersected
+    for all rows at once. A touch always covers a whole prefix, so a row's holdings stay closed under prefixes when the
+    oldest touch loses its tail first.
     """
 
     def __init__(self, budget_bytes: int, rows: int = 64) -> None:
         self.budget_bytes = budget_bytes
         self.trust: FloatArray = np.ones(rows)
-        self._rows = rows
+        self._rows = [_Row() for _ in range(rows)]
         self._words = -(-rows // 64)
-        self._blocks = Table({"holders": (np.uint64, (self._words,))})
-        self._pairs = Table({"stamp": (np.uint32, ())})
+        self._slots: dict[int, int] = {}  # hash -> slot
+        self._hashes: UInt64Array = np.zeros(0, dtype=np.uint64)  # by slot
+        self._holders: UInt64Array = np.zeros((0, self._words), dtype=np.uint64)  # by slot
+        self._free: list[int] = []
         self._stamp = 0
-        self._lives = 0
-        self._queues: list[deque[_Chunk]] = [deque() for _ in range(rows)]
-        self._row_keys: UInt64Array = np.array([self._new_key() for _ in range(rows)], dtype=np.uint64)
-        self._resident: Int64Array = np.zeros(rows, dtype=np.int64)
-        self._queued: Int64Array = np.zeros(rows, dtype=np.int64)
-        self._oldest: Int64Array = np.full(rows, _NEVER, dtype=np.int64)
-        self._announced: FloatArray = np.full(rows, np.inf)
-        self._effective: FloatArray = np.full(rows, np.inf)
+        self._oldest = np.full(rows, _NEVER, dtype=np.int64)  # by row: stamp of its oldest touch
+        self._rows_bytes = 0
 
     # --- reading ---
 
     @property
     def nbytes(self) -> int:
-        """Bytes held at this moment."""
-        chunks = sum(len(queue) for queue in self._queues)
-        return self._blocks.nbytes + self._pairs.nbytes + 8 * int(self._queued.sum()) + _CHUNK_BYTES * chunks
+        """Bytes held at this moment, to within the allocator's rounding."""
+        numbers = _NUMBER_BYTES * (2 * len(self._slots) + len(self._free))
+        arrays = int(self._hashes.nbytes) + int(self._holders.nbytes)
+        return sys.getsizeof(self._slots) + sys.getsizeof(self._free) + numbers + arrays + self._rows_bytes
 
     @property
     def blocks(self) -> int:
         """Distinct blocks held by anyone."""
-        return self._blocks.live
+        return len(self._slots)
 
     def resident(self, row: int) -> int:
         """Blocks this row is believed to hold."""
-        return int(self._resident[row])
+        return len(self._rows[row].held)
 
     def effective_capacity(self, row: int) -> float:
         """Blocks the row is trusted to retain; inf where its capacity is not known."""
-        return float(self._effective[row])
+        return self._rows[row].effective
 
     def match(self, block_hashes: UInt64Array) -> Int32Array:
         """Count the leading blocks of a prompt that each row holds.
 
         block_hashes: (b,) chained hashes, oldest first. Returns (rows,) counts, 0..b. Reads only.
         """
-        counts = np.zeros(self._rows, dtype=np.int32)
-        slots = self._blocks.find(block_hashes)
-        absent = np.flatnonzero(slots < 0)
-        known = int(absent[0]) if absent.size else slots.size
-        if known == 0:
-            return counts
-        holders = np.bitwise_and.accumulate(self._blocks.columns["holders"][slots[:known]], axis=0)
+        rows = len(self._rows)
+        slots = self._known(block_hashes)
+        if not slots:
+            return np.zeros(rows, dtype=np.int32)
+        holders = np.bitwise_and.accumulate(self._holders[slots], axis=0)
         # Leading holders only drop out: the last block of each run of equal sets tells the whole run.
-        ends = np.append(np.flatnonzero((holders[1:] != holders[:-1]).any(axis=1)), known - 1)
-        bits = np.unpackbits(holders[ends].view(np.uint8), axis=1, bitorder="little")[:, : self._rows]
-        lengths = np.diff(ends, prepend=-1).astype(np.int32)
-        result: Int32Array = lengths @ bits.astype(np.int32)
-        return result
+        ends = [*(holders[1:] != holders[:-1]).any(axis=1).nonzero()[0].tolist(), len(slots) - 1]
+        bits = np.unpackbits(holders[ends].view(np.uint8), axis=1, bitorder="little")[:, :rows]
+        lengths = np.array([end - before for end, before in zip(ends, [-1, *ends], strict=False)], dtype=np.int32)
+        counts: Int32Array = lengths @ bits.astype(np.int32)
+        return counts
 
     # --- learning ---
 
     def store(self, row: int, block_hashes: UInt64Array) -> None:
         """This row holds these blocks as of this touch; what it held longest untouched makes room, tail first."""
-        if block_hashes.size > self._effective[row]:
-            block_hashes = block_hashes[: int(self._effective[row])]
-        if block_hashes.size == 0 or not self._make_room(block_hashes.size):
+        mine = self._rows[row]
+        if block_hashes.size > mine.effective:
+            block_hashes = block_hashes[: int(mine.effective)]
+        if block_hashes.size == 0 or not self._make_room(row, block_hashes.size):
             return
-        word, bit = _bit(row)
-        slots, _ = self._blocks.insert(block_hashes)
-        self._blocks.columns["holders"][slots, word] |= bit
-        pairs, new = self._pairs.insert(self._pair_keys(row, block_hashes))
         self._stamp += 1
-        self._pairs.columns["stamp"][pairs] = self._stamp
-        self._resident[row] += new
-        self._enqueue(row, _Chunk(self._stamp, block_hashes))
-        if self._resident[row] > self._effective[row]:
-            self._evict(row, int(self._resident[row] - self._effective[row]))
-        if self._queued[row] > 2 * self._resident[row] + _COMPACT_SLACK:
+        slots = self._slots_of(block_hashes)
+        array = np.array(slots, dtype=np.int32)
+        self._holders[array, row >> 6] |= np.uint64(1 << (row & 63))
+        mine.held.update(zip(slots, repeat(self._stamp), strict=False))
+        self._queue(row, _Touch(self._stamp, array))
+        if len(mine.held) > mine.effective:
+            self._evict(row, int(np.ceil(len(mine.held) - mine.effective)))
+        if mine.queued > 2 * len(mine.held) + _COMPACT_SLACK:
             self._compact(row)
+        self._weigh(mine)
 
     def correct(self, row: int, block_hashes: UInt64Array, predicted: int, actual: int) -> None:
         """The engine had `actual` leading blocks cached when we had predicted so many.
@@ -132,151 +150,181 @@ class ApproximateIndex:
             return
         held = min(actual, predicted) / predicted
         self.trust[row] += _TRUST_GAIN * (held - self.trust[row])
-        announced = self._announced[row]
-        if not np.isfinite(announced):
-            return
-        factor = _RECOVER if actual >= predicted else _SHRINK
-        self._effective[row] = min(announced, max(_FLOOR * announced, self._effective[row] * factor))
-        self._trim(row)
+        mine = self._rows[row]
+        if np.isfinite(mine.announced):
+            factor = _RECOVER if actual >= predicted else _SHRINK
+            mine.effective = min(mine.announced, max(_FLOOR * mine.announced, mine.effective * factor))
+            self._trim(row)
 
     def set_capacity(self, row: int, blocks: int | None) -> None:
-        """What the engine announces to hold, in our blocks; None when it does not say."""
-        announced = np.inf if blocks is None else float(blocks)
-        learned = self._effective[row] / self._announced[row] if np.isfinite(self._announced[row]) else 1.0
-        self._announced[row] = announced
-        self._effective[row] = announced * learned
+        """What the engine announces to hold, in our blocks; None when it does not say. What was learned is kept."""
+        mine = self._rows[row]
+        learned = mine.effective / mine.announced if np.isfinite(mine.announced) else 1.0
+        mine.announced = np.inf if blocks is None else float(blocks)
+        mine.effective = mine.announced * learned
         self._trim(row)
 
     def clear(self, row: int) -> None:
         """The row holds nothing any more (its engine restarted)."""
-        self._evict(row, int(self._resident[row]))
-        self._drop_queue(row)
+        mine = self._rows[row]
+        self._let_go(row, np.fromiter(mine.held, dtype=np.int32, count=len(mine.held)))
+        mine.held = {}
+        mine.touches.clear()
+        mine.queued = 0
+        self._oldest[row] = _NEVER
+        self._weigh(mine)
 
     def remove_row(self, row: int) -> None:
         """The endpoint left; whoever gets the row next starts from nothing."""
         self.clear(row)
-        self._row_keys[row] = self._new_key()
-        self._announced[row] = self._effective[row] = np.inf
+        self._rows[row].announced = self._rows[row].effective = np.inf
         self.trust[row] = 1.0
 
     def grow_rows(self, rows: int) -> None:
         """Make room for more rows; does nothing when there are as many."""
-        extra = rows - self._rows
+        extra = rows - len(self._rows)
         if extra <= 0:
             return
-        self._rows = rows
-        self._queues.extend(deque() for _ in range(extra))
-        fresh = np.array([self._new_key() for _ in range(extra)], dtype=np.uint64)
-        self._row_keys = np.concatenate([self._row_keys, fresh])
-        self._resident = np.concatenate([self._resident, np.zeros(extra, dtype=np.int64)])
-        self._queued = np.concatenate([self._queued, np.zeros(extra, dtype=np.int64)])
+        self._rows.extend(_Row() for _ in range(extra))
         self._oldest = np.concatenate([self._oldest, np.full(extra, _NEVER, dtype=np.int64)])
-        self._announced = np.concatenate([self._announced, np.full(extra, np.inf)])
-        self._effective = np.concatenate([self._effective, np.full(extra, np.inf)])
         self.trust = np.concatenate([self.trust, np.ones(extra)])
-        words = -(-rows // 64)
-        if words > self._words:
-            self._words = words
-            self._blocks.widen("holders", (words,))
+        self._words = -(-rows // 64)
+        self._resize(self._hashes.size)
+
+    # --- blocks and slots ---
+
+    def _known(self, block_hashes: UInt64Array) -> list[int]:
+        """Slots of the leading blocks that anyone holds."""
+        slots: list[int] = []
+        for start in range(0, block_hashes.size, _WALK):
+            found = list(map(self._slots.get, block_hashes[start : start + _WALK].tolist()))
+            if None in found:
+                return slots + _leading(found)
+            slots += found  # type: ignore[arg-type]  # none of them is None
+        return slots
+
+    def _slots_of(self, block_hashes: UInt64Array) -> list[int]:
+        """Slots of all blocks, new ones for those nobody holds."""
+        hashes = block_hashes.tolist()
+        found = list(map(self._slots.get, hashes))
+        if None in found:
+            for index, slot in enumerate(found):
+                if slot is None:
+                    slot = self._slots.get(hashes[index])  # a hash may come twice in one prompt
+                    found[index] = self._new_slot(hashes[index]) if slot is None else slot
+        return found  # type: ignore[return-value]  # every None has been replaced
+
+    def _new_slot(self, block_hash: int) -> int:
+        slot = self._free.pop()
+        self._slots[block_hash] = slot
+        self._hashes[slot] = block_hash
+        return slot
+
+    def _let_go(self, row: int, slots: SlotArray) -> None:
+        """The row holds these no more; blocks that nobody holds then are forgotten."""
+        if slots.size == 0:
+            return
+        self._holders[slots, row >> 6] &= ~np.uint64(1 << (row & 63))
+        orphans = slots[~self._holders[slots].any(axis=1)]
+        for block_hash in self._hashes[orphans].tolist():
+            self._free.append(self._slots.pop(block_hash))
 
     # --- room ---
 
-    def _make_room(self, count: int) -> bool:
-        """Let the tables take so many new blocks within the budget, the globally oldest touches going first."""
-        while self._peak(count) > self.budget_bytes:
-            row = int(np.argmin(self._oldest))
-            if self._oldest[row] == _NEVER:
+    def _make_room(self, row: int, count: int) -> bool:
+        """Let so many new blocks in within the budget, the globally oldest touches going first; False: impossible."""
+        while self._peak(row, count) > self.budget_bytes:
+            oldest = int(np.argmin(self._oldest))
+            if self._oldest[oldest] == _NEVER:
                 return False
-            self._evict_chunk(row)
-        self._blocks.reserve(count)
-        self._pairs.reserve(count)
+            self._evict(oldest, max(count, 1))
+            self._weigh(self._rows[oldest])
+        if len(self._free) < count:
+            self._resize(self._grown(count))
         return True
 
-    def _peak(self, count: int) -> int:
-        growth = self._blocks.reserve_bytes(count) + self._pairs.reserve_bytes(count)
-        return self.nbytes + growth + 8 * count + _CHUNK_BYTES
+    def _peak(self, row: int, count: int) -> int:
+        """Bytes at the worst moment of storing so many blocks: a table that grows is there twice, thrice as large."""
+        new = count * (2 * _NUMBER_BYTES + 8) + _CHUNK_BYTES
+        tables = 3 * (sys.getsizeof(self._slots) + sys.getsizeof(self._rows[row].held)) + 200 * count
+        slots = self._grown(count) if len(self._free) < count else 0
+        return self.nbytes + new + tables + slots * (8 * self._words + 16 + _NUMBER_BYTES)
 
-    def _trim(self, row: int) -> None:
-        if self._resident[row] > self._effective[row]:
-            self._evict(row, int(np.ceil(self._resident[row] - self._effective[row])))
+    def _grown(self, count: int) -> int:
+        size = int(self._hashes.size)
+        return size + max(count, size // 4, 1024)
+
+    def _resize(self, slots: int) -> None:
+        old = int(self._hashes.size)
+        hashes, holders = np.zeros(slots, dtype=np.uint64), np.zeros((slots, self._words), dtype=np.uint64)
+        hashes[:old] = self._hashes
+        holders[:old, : self._holders.shape[1]] = self._holders
+        self._hashes, self._holders = hashes, holders
+        self._free.extend(range(slots - 1, old - 1, -1))
+
+    def _weigh(self, mine: _Row) -> None:
+        """Keep the sum of what the rows take up to date."""
+        nbytes = sys.getsizeof(mine.held) + 4 * mine.queued + _CHUNK_BYTES * len(mine.touches)
+        self._rows_bytes += nbytes - mine.nbytes
+        mine.nbytes = nbytes
 
     # --- eviction ---
 
+    def _trim(self, row: int) -> None:
+        mine = self._rows[row]
+        if len(mine.held) > mine.effective:
+            self._evict(row, int(np.ceil(len(mine.held) - mine.effective)))
+            self._weigh(mine)
+
     def _evict(self, row: int, count: int) -> None:
-        """Take so many blocks from a row: oldest touch first, from its tail."""
-        while count > 0:
-            chunk = self._queues[row][0]
-            live, pairs = self._claimed(row, chunk)
-            drop = live[max(0, live.size - count) :]
-            self._release(row, chunk.hashes[drop], pairs[drop])
-            count -= drop.size
-            if drop.size == live.size:
-                self._pop_chunk(row)
+        """Take so many blocks from a row, or all it has: oldest touch first, each from its tail."""
+        mine = self._rows[row]
+        while count > 0 and mine.touches:
+            touch = mine.touches[0]
+            claimed = self._claimed(mine, touch)
+            drop = claimed[max(0, len(claimed) - count) :]
+            count -= len(drop)
+            for slot in drop:
+                del mine.held[slot]
+            self._let_go(row, np.array(drop, dtype=np.int32))
+            if len(drop) == len(claimed):
+                self._pop(row)
             else:
-                self._queued[row] -= chunk.hashes.size - int(drop[0])
-                chunk.hashes = chunk.hashes[: int(drop[0])].copy()
+                kept = claimed[: len(claimed) - len(drop)]
+                mine.queued += len(kept) - touch.slots.size
+                touch.slots = np.array(kept, dtype=np.int32)
 
-    def _evict_chunk(self, row: int) -> None:
-        """Take all that the row's oldest touch still claims."""
-        chunk = self._queues[row][0]
-        live, pairs = self._claimed(row, chunk)
-        self._release(row, chunk.hashes[live], pairs[live])
-        self._pop_chunk(row)
+    def _claimed(self, mine: _Row, touch: _Touch) -> list[int]:
+        """The touch's slots, oldest block first, that no later touch has claimed."""
+        held, stamp = mine.held, touch.stamp
+        return [slot for slot in touch.slots.tolist() if held.get(slot) == stamp]
 
-    def _claimed(self, row: int, chunk: _Chunk) -> tuple[Int64Array, Int64Array]:
-        """(indices of the chunk's blocks that no later touch has claimed, slots of all its pairs)."""
-        pairs = self._pairs.find(self._pair_keys(row, chunk.hashes))
-        # Slot -1 reads the last slot's stamp; the first condition takes it out again.
-        return np.flatnonzero((pairs >= 0) & (self._pairs.columns["stamp"][pairs] == chunk.stamp)), pairs
+    def _queue(self, row: int, touch: _Touch) -> None:
+        mine = self._rows[row]
+        if not mine.touches:
+            self._oldest[row] = touch.stamp
+        mine.touches.append(touch)
+        mine.queued += touch.slots.size
 
-    def _release(self, row: int, hashes: UInt64Array, pairs: Int64Array) -> None:
-        if hashes.size == 0:
-            return
-        word, bit = _bit(row)
-        self._pairs.delete(pairs)
-        self._resident[row] -= hashes.size
-        slots = self._blocks.find(hashes)
-        holders = self._blocks.columns["holders"]
-        holders[slots, word] &= ~bit
-        self._blocks.delete(slots[~holders[slots].any(axis=1)])
-
-    # --- queues of touches ---
-
-    def _enqueue(self, row: int, chunk: _Chunk) -> None:
-        if not self._queues[row]:
-            self._oldest[row] = chunk.stamp
-        self._queues[row].append(chunk)
-        self._queued[row] += chunk.hashes.size
-
-    def _pop_chunk(self, row: int) -> None:
-        queue = self._queues[row]
-        self._queued[row] -= queue.popleft().hashes.size
-        self._oldest[row] = queue[0].stamp if queue else _NEVER
-
-    def _drop_queue(self, row: int) -> None:
-        self._queues[row].clear()
-        self._queued[row] = 0
-        self._oldest[row] = _NEVER
+    def _pop(self, row: int) -> None:
+        mine = self._rows[row]
+        mine.queued -= mine.touches.popleft().slots.size
+        self._oldest[row] = mine.touches[0].stamp if mine.touches else _NEVER
 
     def _compact(self, row: int) -> None:
-        """Forget what later touches have claimed: a queue is never much longer than what the row holds."""
-        chunks = list(self._queues[row])
-        self._drop_queue(row)
-        for chunk in chunks:
-            live, _ = self._claimed(row, chunk)
-            if live.size:
-                self._enqueue(row, _Chunk(chunk.stamp, chunk.hashes[live]))
-
-    def _pair_keys(self, row: int, hashes: UInt64Array) -> UInt64Array:
-        keys = mix(hashes ^ self._row_keys[row])
-        keys[keys < RESERVED] += np.uint64(RESERVED)
-        return keys
-
-    def _new_key(self) -> np.uint64:
-        """A number no row has had before: pairs of a row's former endpoint can never be taken for its own."""
-        self._lives += 1
-        return np.uint64(mix(np.array([self._lives], dtype=np.uint64))[0])
+        """Forget what later touches have claimed: a queue is never much longer than what its row holds."""
+        mine = self._rows[row]
+        touches, mine.touches, mine.queued = mine.touches, deque(), 0
+        for touch in touches:
+            claimed = self._claimed(mine, touch)
+            if claimed:
+                self._queue(row, _Touch(touch.stamp, np.array(claimed, dtype=np.int32)))
 
 
-def _bit(row: int) -> tuple[int, np.uint64]:
-    return row >> 6, np.uint64(1 << (row & 63))
+def _leading(found: Iterable[int | None]) -> list[int]:
+    leading: list[int] = []
+    for slot in found:
+        if slot is None:
+            break
+        leading.append(slot)
+    return leading

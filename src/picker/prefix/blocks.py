@@ -11,9 +11,6 @@ import numpy as np
 
 from picker.types import NO_BLOCKS, UInt64Array
 
-# Hashes 0 and 1 mean "never used" and "deleted" in `prefix.table`.
-RESERVED = 2
-
 _C1 = np.uint64(0xFF51AFD7ED558CCD)
 _C2 = np.uint64(0xC4CEB9FE1A85EC53)
 _S33 = np.uint64(33)
@@ -64,26 +61,24 @@ class BlockHasher:
             self._positions = self._stream(b"positions", 2 * blocks)
         words = np.frombuffer(prompt, dtype="<u4", count=blocks * self._words).reshape(blocks, self._words)
         wide = words.astype(np.uint64)
-        upper = np.einsum("bw,w->b", wide, self._keys[0])
-        lower = np.einsum("bw,w->b", wide, self._keys[1])
-        values = (upper & _HIGH) | (lower >> _S32)
+        values = wide.dot(self._keys[0])
+        values &= _HIGH
+        values |= wide.dot(self._keys[1]) >> _S32
         values ^= self._positions[:blocks]
-        chain = np.cumsum(mix(values), dtype=np.uint64)
+        chain = _mixed(values).cumsum(dtype=np.uint64)
         chain += np.uint64(root)
-        hashes = mix(chain)
-        hashes[hashes < RESERVED] += np.uint64(RESERVED)
-        return hashes
+        return _mixed(chain)
 
     def _stream(self, purpose: bytes, count: int) -> UInt64Array:
         """Secret 64-bit numbers for a purpose; a longer stream begins with the shorter one."""
         return np.frombuffer(hashlib.shake_256(self._secret + purpose).digest(8 * count), dtype="<u8").astype(np.uint64)
 
 
-def mix(values: UInt64Array) -> UInt64Array:
-    """Scatter 64-bit values, one to one (MurmurHash3's finaliser)."""
-    mixed = values ^ (values >> _S33)
-    mixed *= _C1
-    mixed ^= mixed >> _S33
-    mixed *= _C2
-    mixed ^= mixed >> _S33
-    return mixed
+def _mixed(values: UInt64Array) -> UInt64Array:
+    """Scatter 64-bit values in place, one to one (MurmurHash3's finaliser)."""
+    values ^= values >> _S33
+    values *= _C1
+    values ^= values >> _S33
+    values *= _C2
+    values ^= values >> _S33
+    return values

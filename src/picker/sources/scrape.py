@@ -1,0 +1,380 @@
+"""Load, health and models of every endpoint, asked for over HTTP at a steady pace.
+
+One loop per server address; the data-parallel ranks behind it share its page. A scrape that brings nothing is said to
+have brought nothing: no value is made up, kept alive or set to zero here. Follows the pool by the facts it is shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from picker.errors import WireError
+from picker.types import Endpoint, EndpointAdded, EndpointRemoved, Fact, HealthObserved, ScrapeFailed
+from picker.wire.metrics_text import decode_models, scan_metrics
+
+log = logging.getLogger(__name__)
+
+JITTER = 0.2  # of the interval, both ways: scrapes of many pods do not march in step
+MAX_BACKOFF = 5  # times the interval
+# vLLM closes a connection idle for 5 s; leaving a second of margin avoids most races with that close.
+KEEP_ALIVE = 4.0
+MAX_BODY_BYTES = 2 << 20  # a page is 60 to 100 kB; eight ranks make half a megabyte
+
+_NEVER = float("-inf")
+# A server that says so on every route cannot serve now (vLLM while it rescales), or its sidecar has lost the engine.
+_UNAVAILABLE = frozenset({502, 503, 504})
+
+
+# --- fetching ----------------------------------------------------------------------------------------------
+
+
+class FetchFailure(enum.Enum):
+    """Why no complete answer came; the value is shown to people."""
+
+    TIMEOUT = "timeout"
+    REFUSED = "connection refused"
+    RESET = "connection reset"
+    UNREACHABLE = "unreachable"  # no route, no such host
+    TLS = "TLS handshake failed"
+    NOT_HTTP = "not HTTP"
+    TOO_LARGE = "body too large"
+
+
+# Behind the other failures somebody listens: our settings may be wrong, while the data plane's are right.
+_LOSSES = frozenset({FetchFailure.TIMEOUT, FetchFailure.REFUSED, FetchFailure.RESET, FetchFailure.UNREACHABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """An answer (status and body), or a failure with status 0."""
+
+    status: int = 0
+    body: bytes = field(default=b"", repr=False)
+    failure: FetchFailure | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Nobody who could serve a request is there, as far as this fetch can tell."""
+        return self.failure in _LOSSES if self.failure else self.status in _UNAVAILABLE
+
+
+Fetch = Callable[[str], Awaitable[FetchResult]]
+
+
+class AiohttpFetch:
+    """GET over kept-alive connections, with a time limit for the whole answer and a bound on its size.
+
+    Use as `async with AiohttpFetch(...) as fetch`. timeout: seconds; it may exceed the scrape interval, as scrapes of
+    one server never overlap. api_key: sent as a bearer token (vLLM wants it for /v1/models, not for /metrics).
+    tls: False to accept any certificate, as pods' self-signed ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 1.0,
+        api_key: str | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        tls: ssl.SSLContext | bool = True,
+    ) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._max_body_bytes = max_body_bytes
+        self._tls = tls
+        # No compression: deflating 60 kB costs the engine's API process more than sending them.
+        self._headers = {
+            "User-Agent": "picker",
+            "Accept": "text/plain;version=0.0.4, application/json",
+            "Accept-Encoding": "identity",
+        }
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=self._tls, keepalive_timeout=KEEP_ALIVE),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            timeout=self._timeout,
+            read_bufsize=self._max_body_bytes,  # a page arrives without pausing the transport
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+        self._session = None
+
+    async def __call__(self, url: str) -> FetchResult:
+        if self._session is None:
+            raise RuntimeError("AiohttpFetch is used outside of its 'async with'")
+        try:
+            async with self._session.get(url, allow_redirects=False) as response:
+                body = await self._body(response)
+        except (aiohttp.ClientError, OSError) as error:  # OSError: TimeoutError is one
+            return FetchResult(failure=_failure(error))
+        if body is None:
+            return FetchResult(failure=FetchFailure.TOO_LARGE)
+        return FetchResult(response.status, body)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes | None:
+        chunks: list[bytes] = []
+        size = response.content_length or 0
+        if size <= self._max_body_bytes:
+            size = 0
+            async for chunk in response.content.iter_any():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > self._max_body_bytes:
+                    break
+        if size > self._max_body_bytes:
+            response.close()  # the rest stays unread, so the connection is spent
+            return None
+        return b"".join(chunks)
+
+
+def _failure(error: aiohttp.ClientError | OSError) -> FetchFailure:
+    match error:
+        case TimeoutError():
+            return FetchFailure.TIMEOUT
+        case aiohttp.ClientSSLError():
+            return FetchFailure.TLS
+        case aiohttp.ClientConnectorError():
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            return FetchFailure.REFUSED if refused else FetchFailure.UNREACHABLE
+        case aiohttp.ClientResponseError():
+            return FetchFailure.NOT_HTTP
+        case aiohttp.InvalidURL():
+            return FetchFailure.UNREACHABLE
+        case _:  # disconnected, broken off inside the body
+            return FetchFailure.RESET
+
+
+# --- following the pool ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Member:
+    """An endpoint behind a server. healthy: what the scheduler was last told."""
+
+    rank: int | None
+    healthy: bool = True
+
+
+@dataclass(slots=True)
+class _Server:
+    """One address that is scraped. failures, losses: consecutive scrapes without a page, without anybody there."""
+
+    url: str
+    members: dict[str, _Member] = field(default_factory=dict)
+    failures: int = 0
+    losses: int = 0
+    scraped: bool = False
+    models_asked_at: float = _NEVER
+    problem: str | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class ScrapeSource:
+    """Scrapes `/metrics`, and now and then `/v1/models`, of the endpoints it was told of.
+
+    fetch: e.g. an `AiohttpFetch`. clock: the scheduler's. interval: seconds between the end of a scrape and the start
+    of the next, give or take `JITTER`; after `unhealthy_after` failures in a row it grows up to `MAX_BACKOFF` times.
+    concurrency: how many fetches run at once. models_interval: seconds between two looks at the model list.
+    """
+
+    provides = (
+        "waiting",
+        "running",
+        "kv_usage",
+        "block_size",
+        "kv_capacity_tokens",
+        "queries",
+        "hits",
+        "started_at",
+        "adapters",
+        "max_adapters",
+        "models",
+        "healthy",
+    )
+
+    def __init__(
+        self,
+        fetch: Fetch,
+        *,
+        clock: Callable[[], float],
+        rng: random.Random,
+        interval: float = 1.0,
+        unhealthy_after: int = 3,
+        concurrency: int = 64,
+        models_interval: float = 60.0,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._rng = rng
+        self._interval = interval
+        self._unhealthy_after = unhealthy_after
+        self._models_interval = models_interval
+        self._sleep = sleep
+        self._slots = asyncio.Semaphore(concurrency)
+        self._servers: dict[str, _Server] = {}
+        self._server_of: dict[str, _Server] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._emit: Callable[[Fact], None] = _nowhere
+
+    def observe(self, fact: Fact) -> None:
+        """Follow the pool: to be shown every fact, reacts to endpoints that come and go."""
+        match fact:
+            case EndpointAdded(endpoint):
+                self.add(endpoint)
+            case EndpointRemoved(name):
+                self.remove(name)
+            case _:
+                pass
+
+    def add(self, endpoint: Endpoint) -> None:
+        """Scrape this endpoint from now on; one known by the name already moves to its new address or rank."""
+        url = f"{endpoint.scheme}://{endpoint.address}"
+        server = self._server_of.get(endpoint.name)
+        if server is not None and server.url == url:
+            server.members[endpoint.name].rank = endpoint.rank
+            return
+        member = self._detach(endpoint.name) or _Member(endpoint.rank)
+        member.rank = endpoint.rank
+        server = self._servers.get(url)
+        if server is None:
+            server = self._servers[url] = _Server(url)
+            self._start(server)
+        server.members[endpoint.name] = member
+        server.models_asked_at = _NEVER
+        self._server_of[endpoint.name] = server
+
+    def remove(self, name: str) -> None:
+        """Stop scraping this endpoint; nothing is emitted about it afterwards. Unknown names are ignored."""
+        self._detach(name)
+
+    async def run(self, emit: Callable[[Fact], None]) -> None:
+        """Scrape until cancelled. Every server has a task of its own in this group, which ends with its last member."""
+        self._emit = emit
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for server in self._servers.values():
+                    self._start(server)
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
+            self._emit = _nowhere
+
+    def _start(self, server: _Server) -> None:
+        if self._group is not None:
+            server.task = self._group.create_task(self._follow(server), name=f"scrape {server.url}")
+
+    def _detach(self, name: str) -> _Member | None:
+        server = self._server_of.pop(name, None)
+        if server is None:
+            return None
+        member = server.members.pop(name)
+        if not server.members:
+            del self._servers[server.url]
+            if server.task is not None:
+                server.task.cancel()
+        return member
+
+    async def _follow(self, server: _Server) -> None:
+        while True:
+            try:
+                await self._scrape(server)
+            except Exception:  # a bug met on one server's page must not end the scraping of the others
+                log.exception("scraping %s failed unexpectedly", server.url)
+                server.failures += 1
+            await self._sleep(self._pause(server))
+
+    def _pause(self, server: _Server) -> float:
+        if not server.scraped:  # endpoints often come all at once: spread them evenly over the interval
+            server.scraped = True
+            return self._rng.uniform(0.0, self._interval)
+        doublings = min(max(0, server.failures - self._unhealthy_after), MAX_BACKOFF)
+        return self._interval * min(1 << doublings, MAX_BACKOFF) * self._rng.uniform(1 - JITTER, 1 + JITTER)
+
+    async def _scrape(self, server: _Server) -> None:
+        result = await self._get(server.url + "/metrics")
+        now = self._clock()
+        self._note_health(server, result)
+        if result.failure is None and result.status == 200:
+            self._note_page(server, result.body, now)
+        else:
+            self._note_failure(server, result.failure.value if result.failure else f"status {result.status}", now)
+        if result.lost:
+            server.models_asked_at = _NEVER  # whoever comes back may serve something else
+        elif now - server.models_asked_at >= self._models_interval:
+            server.models_asked_at = now
+            await self._ask_models(server)
+
+    async def _get(self, url: str) -> FetchResult:
+        async with self._slots:
+            return await self._fetch(url)
+
+    def _note_page(self, server: _Server, body: bytes, now: float) -> None:
+        try:
+            page = scan_metrics(body)
+        except WireError as error:
+            self._note_failure(server, f"not metrics: {error}", now)
+            return
+        self._note_problem(server, None)
+        for name, member in list(server.members.items()):
+            try:
+                self._emit(page.load(name=name, observed_at=now, rank=member.rank))
+            except WireError as error:
+                self._emit(ScrapeFailed(name, now, f"not metrics: {error}"))
+        server.failures = 0
+
+    def _note_failure(self, server: _Server, reason: str, now: float) -> None:
+        server.failures += 1
+        self._note_problem(server, reason)
+        for name in list(server.members):
+            self._emit(ScrapeFailed(name, now, reason))
+
+    def _note_problem(self, server: _Server, problem: str | None) -> None:
+        if problem != server.problem:
+            log.info("scraping %s: %s", server.url, problem or "good again")
+        server.problem = problem
+
+    def _note_health(self, server: _Server, result: FetchResult) -> None:
+        server.losses = server.losses + 1 if result.lost else 0
+        if 0 < server.losses < self._unhealthy_after:
+            return
+        healthy = server.losses == 0
+        reason = "" if healthy else result.failure.value if result.failure else f"status {result.status}"
+        for name, member in list(server.members.items()):
+            if member.healthy != healthy:
+                member.healthy = healthy
+                log.warning("endpoint %s is %s", name, "healthy again" if healthy else f"unhealthy: {reason}")
+                self._emit(HealthObserved(name, healthy, reason))
+
+    async def _ask_models(self, server: _Server) -> None:
+        result = await self._get(server.url + "/v1/models")
+        if result.failure is not None or result.status != 200:
+            return
+        for name in list(server.members):
+            try:
+                models = decode_models(result.body, name=name)
+            except WireError:  # not every server lists its models; then any model may go there
+                return
+            self._emit(models)
+
+
+def _nowhere(fact: Fact) -> None:
+    """Where facts go while nobody runs the source."""
