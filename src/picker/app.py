@@ -42,6 +42,54 @@ log = logging.getLogger("picker.app")
 class Source(Protocol):
     """How facts arrive."""
 
+    async def run(self, emit: Callable[[Fact], None]) -> None: ...
+
+
+Serve = Callable[[asyncio.Event], Coroutine[None, None, None]]
+"""How requests arrive: a front end's `serve`, bound to its socket; it ends some time after the event is set."""
+
+
+class App:
+    """One running picker: runtime, sources and front ends. clock: monotonic seconds, the same for all of them."""
+
+    def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
+        self.config = config
+        self.telemetry = Telemetry(CollectorRegistry())
+        self.runtime = Runtime(
+            build_scheduler(config),
+            BlockHasher(secret or os.urandom(32), config.index.block_bytes),
+            self.telemetry,
+            clock=clock,
+            limits=Limits(
+                max_body_bytes=config.limits.max_body_bytes,
+                max_attempts=config.limits.max_attempts,
+                name_endpoint=config.limits.name_endpoint,
+            ),
+            queue_timeout=config.queue.timeout_s,
+        )
+        self.sources = self._sources()
+        self._export()
+
+    def _sources(self) -> list[Source]:
+        config = self.config
+        if not config.endpoints and config.endpoints_file is None:
+            raise ConfigError("no endpoints: give --endpoint URL (as often as needed) or --endpoints-file FILE")
+        sources: list[Source] = []
+        if config.endpoints:
+            sources.append(StaticSource([build_endpoint(spec) for spec in config.endpoints]))
+        if config.endpoints_file is not None:
+            path = Path(config.endpoints_file)
+            load_endpoints(path)  # a first load that fails is an error of usage, told at once
+            sources.append(FileSource(path))
+        return sources
+
+    def _export(self) -> None:
+        scheduler, gauge = self.runtime.scheduler, self.telemetry.gauge
+        gauge("picker_inflight_requests", "Requests routed and not ended.", lambda: len(scheduler.charges))
+        gauge("picker_queued_requests", "Requests waiting in picker's queue.", lambda: len(scheduler.queue))
+        gauge("picker_endpoints", "Endpoints known.", lambda: len(scheduler.pool))
+        gauge("picker_index_bytes", "Memory of the prefix index.", lambda: scheduler.index.nbytes)
+
     async def run(self, frontends: Sequence[Serve], stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then take nothing new, let running requests end and return.
 

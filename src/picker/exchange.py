@@ -252,8 +252,11 @@ class Exchange:
         if head.end:
             return self._ask(Call(kind=CallKind.OTHER, model=None, session=self._session()))
         self.phase = Phase.BODY
-        length = head.headers.get("content-length", "")
-        return self._too_large() if length.isdigit() and int(length) > self.limits.max_body_bytes else []
+        return self._too_large() if self._announces_too_much(head.headers.get("content-length", "")) else []
+
+    def _announces_too_much(self, length: str) -> bool:
+        # Longer numbers are not converted: `int` is slow with thousands of digits, and then refuses them.
+        return length.isdecimal() and (len(length) > 18 or int(length) > self.limits.max_body_bytes)
 
     def _request_body(self, event: RequestBody) -> list[Action]:
         self._expect(Phase.BODY)
@@ -318,7 +321,10 @@ class Exchange:
         self._status = event.status
         started = Report(ResponseStarted(self.id, event.status, event.served_by))
         actions: list[Action] = [started, PassHead(self._names(event.served_by), event.end)]
-        return self._end(actions, self._finished()) if event.end else actions
+        if not event.end:
+            return actions
+        self._observer.feed(b"", end=True)
+        return self._end(actions, self._finished())
 
     def _names(self, served_by: str | None) -> Headers:
         assert self._decision is not None
@@ -340,16 +346,15 @@ class Exchange:
         return self._end(actions, self._finished()) if event.end else actions
 
     def _upstream_failed(self, reason: FailureReason) -> list[Action]:
-        failed = self._failure(reason)
         if self.phase is Phase.RESPONSE:
-            return self._end([Cut(reason)], failed)
+            return self._end([Cut(reason)], self._failure(reason))
         self._expect(Phase.UPSTREAM)
         assert self._submit is not None
         assert self._decision is not None
+        tried = self._submit.exclude | {self._decision.endpoint.name}
+        failed = self._failure(reason)
         if reason in _RETRYABLE and self._attempts < self.limits.max_attempts:
-            tried = self._submit.exclude | {self._decision.endpoint.name}
             self._submit = replace(self._submit, exclude=tried)
-            self._decision = None
             self.phase = Phase.DECIDING
             return [*failed, self._submit]
         status = _STATUS_OF_FAILURE.get(reason, 502)
@@ -365,7 +370,9 @@ class Exchange:
         if self._status == 200 and (observer.empty_abort or not observer.done):
             return self._failure(FailureReason.TRUNCATED)
         self._decision = None
-        return [Report(Finished(self.id, self._status, observer.usage))]
+        # An engine that fails amid a stream has sent its 200 already; the error event says what it would be instead.
+        status = observer.error if self._status == 200 and observer.error else self._status
+        return [Report(Finished(self.id, status, observer.usage))]
 
     def _failure(self, reason: FailureReason) -> list[Action]:
         """The terminal report, if a decision is open."""

@@ -1,0 +1,276 @@
+"""Envoy's ext-proc messages to events of an `Exchange`, and its actions back to ext-proc messages.
+
+Speaks the endpoint-picker protocol 1.0 of the Gateway API Inference Extension in full-duplex mode: one gRPC stream per
+HTTP request; replies in the order headers, body, trailers for each direction; every body byte handed over comes back.
+What a request means, and in which phase an event is allowed, is the `Exchange`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2
+
+from picker.errors import WireError
+from picker.exchange import (
+    Action,
+    Event,
+    Forward,
+    Headers,
+    PassBody,
+    PassHead,
+    RequestBody,
+    RequestHead,
+    Respond,
+    ResponseBody,
+    ResponseHead,
+)
+
+ProcessingRequest: TypeAlias = external_processor_pb2.ProcessingRequest
+ProcessingResponse: TypeAlias = external_processor_pb2.ProcessingResponse
+HttpHeaders: TypeAlias = external_processor_pb2.HttpHeaders
+HeaderMutation: TypeAlias = external_processor_pb2.HeaderMutation
+
+SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
+
+DESTINATION = "x-gateway-destination-endpoint"
+DESTINATION_SERVED = "x-gateway-destination-endpoint-served"
+DESTINATION_SUBSET = "x-gateway-destination-endpoint-subset"
+LOAD_BALANCING = "envoy.lb"
+SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+
+# Envoy takes up to 64 KiB in one streamed body reply; llm-d's endpoint picker stops at the same round number.
+MAX_CHUNK_BYTES = 62_000
+
+# Orders to an engine or its sidecar that only a picker may give. Envoy removes before it sets, so what an `Exchange`
+# sets on purpose (a data-parallel rank) survives.
+CONTROL_HEADERS = (
+    DESTINATION_SUBSET,
+    DESTINATION_SERVED,
+    "x-prefiller-host-port",
+    "x-encoder-hosts-ports",
+    "x-data-parallel-host-port",
+    "x-data-parallel-rank",
+    "x-kv-cache-source-host-port",
+)
+
+_FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
+# Said, not left to the default, which has changed between versions of Envoy.
+_OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+def _forward_template() -> bytes:
+    response = ProcessingResponse()
+    common = response.request_headers.response
+    common.clear_route_cache = True
+    common.header_mutation.remove_headers.extend(CONTROL_HEADERS)
+    return bytes(response.SerializeToString())
+
+
+def _pass_template() -> bytes:
+    response = ProcessingResponse()
+    # llm-d's endpoint picker marks every response it has seen so; its tests and dashboards look for it.
+    _set_headers(response.response_headers.response.header_mutation, (("x-went-into-resp-headers", "true"),))
+    return bytes(response.SerializeToString())
+
+
+def _set_headers(mutation: HeaderMutation, headers: Headers) -> None:
+    for name, value in headers:
+        option = mutation.set_headers.add()
+        option.append_action = _OVERWRITE
+        option.header.key = name
+        option.header.raw_value = value.encode("latin-1", "replace")
+
+
+_FORWARD = _forward_template()
+_PASS = _pass_template()
+
+
+class Codec:
+    """The messages of one stream. fallbacks: name the whole list of endpoints, else only the first.
+
+    Remembers which directions end in trailers: the last chunk of such a body carries no end-of-stream mark.
+    A list of endpoints is for data planes that walk it (Envoy's override_host); others take it for one address.
+    """
+
+    __slots__ = ("_fallbacks", "_request_trailers", "_response_trailers")
+
+    def __init__(self, *, fallbacks: bool = True) -> None:
+        self._fallbacks = fallbacks
+        self._request_trailers = False
+        self._response_trailers = False
+
+    def decode(self, message: ProcessingRequest) -> Event:
+        """What a message from the data plane says; raises WireError on an empty one or an unusable mode."""
+        match message.WhichOneof("request"):
+            case "response_body":
+                body = message.response_body
+                return ResponseBody(body.body, body.end_of_stream)
+            case "request_body":
+                body = message.request_body
+                return RequestBody(body.body, body.end_of_stream, _subset(message))
+            case "request_headers":
+                _check_modes(message)
+                return _request_head(message)
+            case "response_headers":
+                return _response_head(message)
+            case "request_trailers":
+                self._request_trailers = True
+                return RequestBody(b"", end=True, subset=_subset(message))
+            case "response_trailers":
+                self._response_trailers = True
+                return ResponseBody(b"", end=True)
+            case kind:
+                raise WireError(f"The data plane sent an ext-proc message without content ({kind}).")
+
+    def encode(self, action: Action) -> list[ProcessingResponse]:
+        """The messages that carry out an action, to be sent in order; raises ValueError for what has none."""
+        match action:
+            case PassBody(data, end):
+                replies = [_response_chunk(*chunk) for chunk in _chunks(data, end=end and not self._response_trailers)]
+                return [*replies, _response_trailers()] if end and self._response_trailers else replies
+            case Forward():
+                return [self._request_headers(action), *self._request_body(action)]
+            case PassHead(set_headers):
+                response = ProcessingResponse.FromString(_PASS)
+                _set_headers(response.response_headers.response.header_mutation, set_headers)
+                return [response]
+            case Respond():
+                return [_immediate(action)]
+            case _:
+                raise ValueError(f"{type(action).__name__} has no counterpart in ext-proc")
+
+    def _request_headers(self, action: Forward) -> ProcessingResponse:
+        decision = action.decision
+        destination = decision.endpoint.address
+        if self._fallbacks and decision.fallbacks:
+            destination = ",".join((destination, *(endpoint.address for endpoint in decision.fallbacks)))
+        headers: Headers = ((DESTINATION, destination), *action.set_headers)
+        if action.body:
+            # Full-duplex mode drops the client's, and an engine would see a chunked body.
+            headers = (*headers, ("content-length", str(len(action.body))))
+        response = ProcessingResponse.FromString(_FORWARD)
+        _set_headers(response.request_headers.response.header_mutation, headers)
+        verdict = response.dynamic_metadata.fields[LOAD_BALANCING].struct_value
+        verdict.fields[DESTINATION].string_value = destination
+        return response
+
+    def _request_body(self, action: Forward) -> Iterator[ProcessingResponse]:
+        if action.bodyless:
+            return
+        for data, end in _chunks(action.body, end=not self._request_trailers):
+            response = ProcessingResponse()
+            streamed = response.request_body.response.body_mutation.streamed_response
+            streamed.body = data
+            streamed.end_of_stream = end
+            yield response
+        if self._request_trailers:
+            response = ProcessingResponse()
+            response.request_trailers.SetInParent()
+            yield response
+
+
+# --- decoding ----------------------------------------------------------------------------------------------
+
+
+def _check_modes(message: ProcessingRequest) -> None:
+    """Older data planes do not tell their modes; those that do must stream both bodies."""
+    if not message.HasField("protocol_config"):
+        return
+    config = message.protocol_config
+    if config.request_body_mode != _FULL_DUPLEX or config.response_body_mode != _FULL_DUPLEX:
+        raise WireError(
+            "ext-proc needs processing_mode request_body_mode and response_body_mode FULL_DUPLEX_STREAMED; "
+            f"the data plane uses {config.request_body_mode} and {config.response_body_mode}."
+        )
+
+
+def _request_head(message: ProcessingRequest) -> RequestHead:
+    http = message.request_headers
+    headers = _headers(http)
+    method, path = headers.get(":method", "GET"), headers.get(":path", "/")
+    return RequestHead(method, path, headers, http.end_of_stream, _subset(message))
+
+
+def _response_head(message: ProcessingRequest) -> ResponseHead:
+    http = message.response_headers
+    headers = _headers(http)
+    status = headers.get(":status", "")
+    if not status.isdigit():
+        raise WireError("The data plane sent response headers without a :status.")
+    return ResponseHead(int(status), headers, http.end_of_stream, _served_by(message))
+
+
+def _headers(http: HttpHeaders) -> dict[str, str]:
+    """By name in lower case, pseudo-headers too; of a repeated header the last line."""
+    return {
+        header.key.lower(): header.raw_value.decode("latin-1") if header.raw_value else header.value
+        for header in http.headers.headers
+    }
+
+
+def _subset(message: ProcessingRequest) -> frozenset[str] | None:
+    """The addresses a request may go to: a list, or one string with commas; None where nothing is said.
+
+    Entries keep their port; an empty hint is an empty set and admits nobody.
+    """
+    if not message.HasField("metadata_context"):
+        return None
+    namespaces = message.metadata_context.filter_metadata
+    if SUBSET_NAMESPACE not in namespaces or DESTINATION_SUBSET not in namespaces[SUBSET_NAMESPACE].fields:
+        return None
+    value = namespaces[SUBSET_NAMESPACE].fields[DESTINATION_SUBSET]
+    match value.WhichOneof("kind"):
+        case "list_value":
+            entries = [item.string_value for item in value.list_value.values]
+        case "string_value":
+            entries = value.string_value.split(",")
+        case _:
+            return None
+    return frozenset(entry.strip() for entry in entries if entry.strip())
+
+
+def _served_by(message: ProcessingRequest) -> str | None:
+    namespaces = message.metadata_context.filter_metadata
+    if LOAD_BALANCING not in namespaces or DESTINATION_SERVED not in namespaces[LOAD_BALANCING].fields:
+        return None
+    return namespaces[LOAD_BALANCING].fields[DESTINATION_SERVED].string_value or None
+
+
+# --- encoding ----------------------------------------------------------------------------------------------
+
+
+def _chunks(data: bytes, *, end: bool) -> Iterator[tuple[bytes, bool]]:
+    """(bytes, is the last of the body) in order; an empty body still needs one message to carry its end."""
+    if len(data) <= MAX_CHUNK_BYTES:
+        if data or end:
+            yield data, end
+        return
+    for start in range(0, len(data), MAX_CHUNK_BYTES):
+        yield data[start : start + MAX_CHUNK_BYTES], end and start + MAX_CHUNK_BYTES >= len(data)
+
+
+def _response_chunk(data: bytes, end: bool) -> ProcessingResponse:
+    response = ProcessingResponse()
+    streamed = response.response_body.response.body_mutation.streamed_response
+    streamed.body = data
+    streamed.end_of_stream = end
+    return response
+
+
+def _response_trailers() -> ProcessingResponse:
+    response = ProcessingResponse()
+    response.response_trailers.SetInParent()
+    return response
+
+
+def _immediate(action: Respond) -> ProcessingResponse:
+    response = ProcessingResponse()
+    immediate = response.immediate_response
+    immediate.status.code = action.status
+    immediate.body = action.body
+    _set_headers(immediate.headers, action.headers)
+    return response
