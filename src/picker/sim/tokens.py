@@ -22,6 +22,7 @@ TokenArray = NDArray[np.uint32]
 
 BYTES_PER_TOKEN = 4
 VOCABULARY = 1 << 32
+_BOOK_TOKENS = 1 << 16
 
 # 0xff never occurs in UTF-8, so no text is mistaken for these.
 _IM_START = b"\x01\xff\xff\xff"
@@ -66,6 +67,7 @@ def decode(ids: TokenArray) -> str:
     return pieces.replace(b"\0", b"").decode("utf-8", "replace")
 
 
+@functools.lru_cache(maxsize=256)
 def namespace(*parts: str | None) -> int:
     """A seed for `block_hashes`: prompts under different models, adapters or salts share no blocks."""
     return _fold(msgspec.json.encode(parts))
@@ -92,14 +94,16 @@ def fingerprint(ids: TokenArray) -> int:
 
 
 def answer(seed: int, count: int) -> bytes:
-    """The text of a made-up answer of exactly `count` tokens, four ASCII bytes each: " bal dek ..."."""
-    numbers = _numbers(seed, count)
-    text = np.empty((count, BYTES_PER_TOKEN), dtype=np.uint8)
-    text[:, 0] = ord(" ")
-    text[:, 1] = _CONSONANTS[numbers >> np.uint64(60)]
-    text[:, 2] = _VOWELS[(numbers >> np.uint64(58)) & np.uint64(3)]
-    text[:, 3] = _CONSONANTS[(numbers >> np.uint64(54)) & np.uint64(15)]
-    return text.tobytes()
+    """The text of a made-up answer of exactly `count` tokens, four ASCII bytes each: " bal dek ...".
+
+    A stretch of one endless text, that begins where the seed says: an answer is looked up, not composed.
+    """
+    book = _book()
+    start = seed % _BOOK_TOKENS * BYTES_PER_TOKEN
+    text = book[start : start + count * BYTES_PER_TOKEN]
+    while len(text) < count * BYTES_PER_TOKEN:
+        text += book[: count * BYTES_PER_TOKEN - len(text)]
+    return text
 
 
 def answer_length(seed: int) -> int:
@@ -110,6 +114,17 @@ def answer_length(seed: int) -> int:
     uniform = (_numbers(seed, 2) >> np.uint64(11)).astype(np.float64) / (1 << 53)
     normal = np.sqrt(-2.0 * np.log(1.0 - uniform[0])) * np.cos(2.0 * np.pi * uniform[1])
     return int(np.clip(200.0 * np.exp(0.7 * normal), 16, 2048))
+
+
+@functools.cache
+def _book() -> bytes:
+    numbers = _numbers(0, _BOOK_TOKENS)
+    text = np.empty((_BOOK_TOKENS, BYTES_PER_TOKEN), dtype=np.uint8)
+    text[:, 0] = ord(" ")
+    text[:, 1] = _CONSONANTS[numbers >> np.uint64(60)]
+    text[:, 2] = _VOWELS[(numbers >> np.uint64(58)) & np.uint64(3)]
+    text[:, 3] = _CONSONANTS[(numbers >> np.uint64(54)) & np.uint64(15)]
+    return text.tobytes()
 
 
 def _padded(text: str) -> bytes:

@@ -1,0 +1,87 @@
+"""`picker sim`: simulated vLLM pods over HTTP."""
+
+from __future__ import annotations
+
+import click
+
+from picker.commands.options import run, start_logging
+from picker.errors import ConfigError
+from picker.sim import pod
+from picker.sim.engine import Policy
+from picker.sim.latency import profiles
+from picker.sim.pod_options import PodOptions
+
+
+@click.command()
+@click.option("--count", default=1, show_default=True, help="How many pods.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port of the first; the others follow. 0: free ones.")
+@click.option("--model", default="simulated", show_default=True, metavar="NAME", help="Served model name.")
+@click.option("--lora", "loras", multiple=True, metavar="NAME", help="A LoRA adapter; repeat for each.")
+@click.option("--profile", default="llama-3.1-8b-h100", show_default=True, metavar="NAME", help="Costs; see --list.")
+@click.option("--time-scale", default=1.0, show_default=True, metavar="X", help="X times as fast as real time.")
+@click.option("--kv-tokens", type=int, metavar="N", help="KV cache instead of the profile's.")
+@click.option("--block-size", type=int, metavar="N", help="Tokens per KV block instead of the profile's.")
+@click.option("--max-num-seqs", type=int, metavar="N", help="Sequences in a batch instead of the profile's.")
+@click.option("--max-model-len", type=int, metavar="N", help="Context instead of the profile's.")
+@click.option("--max-queued", type=int, metavar="N", help="Unfinished requests before 503.  [no limit]")
+@click.option("--scheduling-policy", type=click.Choice([policy.value for policy in Policy]), default="fcfs")
+@click.option("--no-noise", is_flag=True, help="Exact step times.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--list", "list_profiles", is_flag=True, help="List the profiles and end.")
+@click.option("--log-level", default="info", show_default=True)
+def command(
+    count: int,
+    host: str,
+    port: int,
+    model: str,
+    loras: tuple[str, ...],
+    profile: str,
+    time_scale: float,
+    kv_tokens: int | None,
+    block_size: int | None,
+    max_num_seqs: int | None,
+    max_model_len: int | None,
+    max_queued: int | None,
+    scheduling_policy: str,
+    no_noise: bool,
+    seed: int,
+    list_profiles: bool,
+    log_level: str,
+) -> None:
+    """Simulated vLLM pods: OpenAI API, /metrics, prefix caching, continuous batching; no GPU, no model.
+
+    Example: picker sim --count 4 --port 8001 --model demo
+    """
+    if list_profiles:
+        for name, entry in profiles().items():
+            click.echo(f"{name:28} {entry.kv_tokens:>9,} KV tokens  {entry.source}")
+        return
+    start_logging(log_level)
+    if count < 1 or not 0 <= port <= 65535 - count:
+        raise ConfigError(f"--count {count} from --port {port}: needs at least one pod, on ports up to 65535")
+    if not time_scale > 0:
+        raise ConfigError(f"--time-scale: must be greater than 0, got {time_scale}")
+    options = PodOptions(
+        count=count,
+        host=host,
+        port=port,
+        model=model,
+        loras=loras,
+        profile=profile,
+        kv_tokens=kv_tokens,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        time_scale=time_scale,
+        policy=Policy(scheduling_policy),
+        max_queued=max_queued,
+        noise=not no_noise,
+        seed=seed,
+    )
+    run(pod.run(options, on_ready=_announce))
+
+
+def _announce(urls: list[str]) -> None:
+    for url in urls:
+        click.echo(f"simulated pod on {url}", err=True)
