@@ -41,8 +41,7 @@ def command(
     if secure_serving and not cert_path:
         raise click.UsageError("--secure-serving true needs --cert-path DIR with tls.crt and tls.key")
     config = routing_config(
-        **routing,
-        **{
+        {
             "epp.host": host,
             "epp.grpc_port": grpc_port,
             "epp.grpc_health_port": grpc_health_port,
@@ -50,6 +49,7 @@ def command(
             "admin.host": metrics_host,
             "admin.port": metrics_port,
         },
+        **routing,
     )
     run(serve(config))
 
@@ -59,16 +59,18 @@ async def serve(config: Config) -> None:
     epp = ExtProc(app.runtime)
 
     async def ext_proc(stop: asyncio.Event) -> None:
-        host = config.epp.host
-        serving = epp.serving(
-            f"{host}:{config.epp.grpc_port}",
-            health_address=f"{host}:{config.epp.grpc_health_port}",
-            credentials=_credentials(config.epp.cert_path),
-            grace=config.drain_timeout_s,
-        )
-        async with serving as port:
-            click.echo(f"picker epp: ext-proc on {host}:{port}, health on :{config.epp.grpc_health_port}", err=True)
-            await stop.wait()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_shut_down_on(stop, epp))
+            await epp.serve(
+                config.epp.host,
+                config.epp.grpc_port,
+                health_port=config.epp.grpc_health_port,
+                credentials=_credentials(config.epp.cert_path),
+                grace=config.drain_timeout_s,
+                ready=lambda port, health: click.echo(
+                    f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True
+                ),
+            )
 
     frontends: list[Serve] = [ext_proc]
     if config.admin.port is not None:
@@ -78,6 +80,11 @@ async def serve(config: Config) -> None:
     stop = asyncio.Event()
     with stopping_on_signals(stop):
         await app.run(frontends, stop)
+
+
+async def _shut_down_on(stop: asyncio.Event, epp: ExtProc) -> None:
+    await stop.wait()
+    epp.shutdown()
 
 
 def _credentials(folder: str | None) -> grpc.ServerCredentials | None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ def routing_options(command: F) -> F:
 
 
 def routing_config(
+    more: Mapping[str, Any],
     *,
     config_file: Path | None,
     endpoints: tuple[str, ...],
@@ -64,7 +65,6 @@ def routing_config(
     max_inflight: int | None,
     seed: int | None,
     log_level: str,
-    **more: Any,
 ) -> Config:
     """The configuration that the file and the shared flags describe. more: dotted keys of further flags."""
     start_logging(log_level)

@@ -37,14 +37,14 @@ def command(
     Example: picker proxy --endpoint http://10.0.0.1:8000 --endpoint http://10.0.0.2:8000
     """
     config = routing_config(
-        **routing,
-        **{
+        {
             "proxy.host": host,
             "proxy.port": port,
             "proxy.first_byte_timeout_s": first_byte_timeout,
             "admin.host": admin_host,
             "admin.port": admin_port,
         },
+        **routing,
     )
     run(serve(config, api_key))
 

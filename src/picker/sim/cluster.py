@@ -53,6 +53,8 @@ class Arrival:
 
     block_hashes: (b,) chained hashes of the prompt's full blocks, of the engines' block size. hash_of: hash of block i
     beyond them, where the output is to be cached. then: the next turn of its session, given when this one ended.
+    prompt_bytes: size of the prompt's text, where there is one; the scheduler then has to guess the tokens, as it does
+    on the wire. Without it, it is told the tokens.
     """
 
     at: float
@@ -62,6 +64,7 @@ class Arrival:
     hash_of: Callable[[int], int] | None = None
     session: str | None = None
     then: Callable[[float], Arrival | None] | None = None
+    prompt_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +171,8 @@ class Cluster:
             model=self.model,
             arrived_at=now,
             block_hashes=arrival.block_hashes,
-            prompt_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
-            prompt_tokens=arrival.prompt_tokens,
+            prompt_bytes=arrival.prompt_bytes or arrival.prompt_tokens * BYTES_PER_TOKEN,
+            prompt_tokens=arrival.prompt_tokens if arrival.prompt_bytes is None else None,
             session=arrival.session,
         )
         self._scrape()
