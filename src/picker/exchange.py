@@ -27,6 +27,7 @@ from picker.types import (
     FirstToken,
     Outcome,
     Rejection,
+    RejectReason,
     ResponseStarted,
 )
 from picker.wire import openai, sse
@@ -199,6 +200,7 @@ class Exchange:
         "_attempts",
         "_body",
         "_decision",
+        "_failed",
         "_head",
         "_observer",
         "_size",
@@ -222,6 +224,7 @@ class Exchange:
         self._decision: Decision | None = None
         self._observer: sse.Observer | None = None
         self._attempts = 0
+        self._failed: FailureReason | None = None
         self._status = 0
 
     def receive(self, event: Event) -> list[Action]:
@@ -305,9 +308,12 @@ class Exchange:
         return [Forward(outcome, body, pin, bodyless=self._head.end)]
 
     def _reject(self, rejection: Rejection) -> list[Action]:
+        if self._failed is not None and rejection.reason is RejectReason.NO_MATCH:
+            return self._give_up(self._failed, "there is no other to try")
         retry = rejection.retry_after
         headers: Headers = () if retry is None else (("retry-after", str(max(1, round(retry)))),)
-        return self._answer(rejection.status, rejection.message, headers=headers)
+        param = "model" if rejection.reason is RejectReason.UNKNOWN_MODEL else None
+        return self._answer(rejection.status, rejection.message, headers=headers, param=param)
 
     # response side
 
@@ -357,9 +363,11 @@ class Exchange:
             self._submit = replace(self._submit, exclude=tried)
             self.phase = Phase.DECIDING
             return [*failed, self._submit]
-        status = _STATUS_OF_FAILURE.get(reason, 502)
-        message = f"The endpoint failed before it answered ({reason.value}); {self._attempts} tried."
-        return [*failed, *self._answer(status, message)]
+        return [*failed, *self._give_up(reason, f"{self._attempts} tried")]
+
+    def _give_up(self, reason: FailureReason, why: str) -> list[Action]:
+        message = f"The endpoint failed before it answered ({reason.value}); {why}."
+        return self._answer(_STATUS_OF_FAILURE.get(reason, 502), message)
 
     # endings
 

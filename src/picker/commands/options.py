@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes, with an optional unit: 1048576, 512MiB, 2G."""
 
     name = "size"
