@@ -189,6 +189,14 @@ def check(config: Config) -> None:
         raise ConfigError("policy: 'weighted' needs a list of scorers")
     if config.scorers and config.policy != "weighted":
         raise ConfigError(f"scorers: they are used by policy 'weighted' only, and policy is {config.policy!r}")
+    if config.index.block_bytes % 4:
+        raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
+    if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
+        raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
+    _check_numbers(config)
+
+
+def _check_numbers(config: Config) -> None:
     positive = {
         "index.block_bytes": config.index.block_bytes,
         "index.budget_bytes": config.index.budget_bytes,
@@ -197,6 +205,7 @@ def check(config: Config) -> None:
         "limits.max_body_bytes": config.limits.max_body_bytes,
         "limits.max_attempts": config.limits.max_attempts,
         "queue.timeout_s": config.queue.timeout_s,
+        "health.eject_after": config.health.eject_after,
         "proxy.connect_timeout_s": config.proxy.connect_timeout_s,
         "proxy.first_byte_timeout_s": config.proxy.first_byte_timeout_s,
         "proxy.idle_timeout_s": config.proxy.idle_timeout_s,
@@ -204,12 +213,23 @@ def check(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key}: must be greater than 0, got {value}")
-    if config.index.block_bytes % 4:
-        raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
-    if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
-        raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
-    for key, port in (("proxy.port", config.proxy.port), ("epp.grpc_port", config.epp.grpc_port)):
-        if not 0 <= port <= 65535:
+    not_negative = {
+        "drain_timeout_s": config.drain_timeout_s,
+        "queue.size": config.queue.size,
+        "health.eject_s": config.health.eject_s,
+        "health.eject_max_s": config.health.eject_max_s,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{key}: must not be negative, got {value}")
+    ports = {
+        "proxy.port": config.proxy.port,
+        "epp.grpc_port": config.epp.grpc_port,
+        "epp.grpc_health_port": config.epp.grpc_health_port,
+        "admin.port": config.admin.port,
+    }
+    for key, port in ports.items():
+        if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"{key}: must be a port from 0 to 65535, got {port}")
 
 

@@ -179,9 +179,12 @@ class Runtime:
 
     def _submit(self, request_id: int, submit: Submit) -> Outcome | Queued:
         now = self.clock()
-        if self.draining:
-            return Rejection(request_id, RejectReason.SHUTDOWN, 503, "The gateway is shutting down.", retry_after=1.0)
         request = Request(request_id, submit.call.model, now, subset=submit.subset, exclude=submit.exclude)
+        if self.draining and not submit.exclude:  # a second attempt is of a request that runs
+            message = "The gateway is shutting down."
+            refusal = Rejection(request_id, RejectReason.SHUTDOWN, 503, message, retry_after=1.0)
+            self._settle(request, refusal, now)
+            return refusal
         try:
             request = self.prepare(request_id, submit, now)
             outcome = self.scheduler.submit(request, now)
@@ -230,11 +233,29 @@ class Runtime:
         """Hand out what the scheduler has decided meanwhile, then re-arm the one timer."""
         if not self._queued:
             return
-        for outcome in self.scheduler.poll(now):
-            request = self._queued.pop(outcome.request_id)
+        for outcome in self._served(now):
+            request = self._queued.pop(outcome.request_id, None)
+            if request is None:
+                continue  # Its client has left; closing the exchange will release what was booked.
             self._settle(request, outcome, now)
-            self._waiting[outcome.request_id].set_result(outcome)
+            future = self._waiting[outcome.request_id]
+            if not future.done():  # it is when its task has been cancelled and has not run since
+                future.set_result(outcome)
         self._arm()
+
+    def _served(self, now: float) -> Sequence[Outcome]:
+        """What the scheduler lets go. If that fails, all who wait go uncharged: nobody may wait for ever."""
+        try:
+            return self.scheduler.poll(now)
+        except Exception:
+            # Supervision: whoever told the fact that made room is not to blame.
+            self.telemetry.internal_error("poll")
+            log.exception("serving the queue failed; the %d requests in it are routed uncharged", len(self._queued))
+            return [self._released(request, now) for request in self._queued.values()]
+
+    def _released(self, request: Request, now: float) -> Outcome:
+        self.scheduler.apply(Failed(request.id, FailureReason.SHUTDOWN), now)
+        return self.scheduler.fallback(request)
 
     def _arm(self) -> None:
         if self._timer is not None:

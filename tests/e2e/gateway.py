@@ -76,7 +76,7 @@ async def gateway(
         seed=1,
         scrape=ScrapeConfig(interval_s=0.05, timeout_s=0.5),
         limits=limits or LimitConfig(),
-        health=HealthConfig(eject_after=3, eject_s=0.2),
+        health=HealthConfig(eject_after=3, eject_s=30.0),
         proxy=ProxyConfig(first_byte_timeout_s=first_byte_timeout_s),
         drain_timeout_s=0.5,
     )

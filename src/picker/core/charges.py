@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from picker.core.pool import Pool
@@ -14,6 +15,7 @@ class Charge:
     """One booking. A row under another generation has been left by its endpoint: nothing is released there.
 
     tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.
+    expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
     """
 
     request: Request
@@ -24,6 +26,7 @@ class Charge:
     predicted: int
     booked_at: float
     prefilling: bool = True
+    expected_at: float = math.inf
 
 
 class Charges:
@@ -49,7 +52,8 @@ class Charges:
         self._open[charge.request.id] = charge
         self._pool.book(charge.row, tokens=charge.tokens, context=charge.context, now=charge.booked_at)
         if not charge.request.streaming:
-            heapq.heappush(self._expected, (charge.booked_at + expected_s, charge.request.id))
+            charge.expected_at = charge.booked_at + expected_s
+            heapq.heappush(self._expected, (charge.expected_at, charge.request.id))
 
     def first_token(self, request_id: int, now: float) -> Charge | None:
         """The prefill is done; None when there is nothing to release any more."""
@@ -62,11 +66,12 @@ class Charges:
         self._pool.prefilled(charge.row, tokens=charge.tokens, now=now)
         return charge
 
-    def close(self, request_id: int, now: float) -> Charge | None:
+    def close(self, request_id: int) -> Charge | None:
         """Release all that is left; None when the request has no open charge."""
-        self.first_token(request_id, now)
         charge = self._open.pop(request_id, None)
         if charge is not None and self._stands(charge):
+            if charge.prefilling:
+                self._pool.abandoned(charge.row, tokens=charge.tokens)
             self._pool.release(charge.row, context=charge.context)
         return charge
 
@@ -78,7 +83,10 @@ class Charges:
         """Take the prefills of requests that do not stream as done when their time is over."""
         while self._expected and self._expected[0][0] <= now:
             _, request_id = heapq.heappop(self._expected)
-            self.first_token(request_id, now)
+            charge = self._open.get(request_id)
+            # After a retry the same id has another charge, with its own time.
+            if charge is not None and charge.expected_at <= now:
+                self.first_token(request_id, now)
 
     def _stands(self, charge: Charge) -> bool:
         return bool(self._pool.generation[charge.row] == charge.generation)

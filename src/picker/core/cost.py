@@ -1,7 +1,8 @@
 """What a request costs on each candidate, in seconds; lower is better. Pure arithmetic over a view.
 
     queue      prefill work booked there and not done, over the endpoint's learned speed, less what it did since
-    stall      how much longer than that it has been silent: a hanging endpoint gets dearer by the second
+    stall      how much longer it has been silent than what it had then takes: a hanging endpoint gets dearer by the
+               second, and no cheaper by being given more
     prefill    the request's own uncached tokens over the learned speed
     neighbours the same prefill seen by the requests already decoding there: each of them waits for it
     foreign    requests waiting there that picker did not send (other gateways), as many mean prefills
@@ -41,7 +42,7 @@ class CostModel:
         progress = np.minimum(view.idle_for, booked / np.maximum(view.prefilling, 1))
         return {
             "queue": booked - progress,
-            "stall": np.maximum(0.0, view.idle_for - 2.0 * booked - self.stall_grace),
+            "stall": np.maximum(0.0, view.idle_for - 2.0 * view.awaited / view.speed - self.stall_grace),
             "prefill": own,
             "neighbours": self.neighbour_weight * own * view.inflight,
             "foreign": self._foreign(view),
@@ -50,21 +51,25 @@ class CostModel:
 
     def _foreign(self, view: PoolView) -> FloatArray:
         """Requests queued there beyond the ones we sent, each as long as the mean booking of the pool."""
-        waiting = view.waiting
-        known = ~np.isnan(waiting)
-        if not known.any():
+        waiting = _filled(view.waiting)
+        if waiting is None:
             return np.zeros(view.n)
-        beyond = np.maximum(0.0, np.where(known, waiting, waiting[known].mean()) - view.prefilling)
+        beyond = np.maximum(0.0, waiting - view.prefilling)
         prefilling = int(view.prefilling.sum())
         mean_tokens = view.backlog.sum() / prefilling if prefilling else view.prompt_tokens
         return beyond * mean_tokens / view.speed
 
     def _memory(self, view: PoolView) -> FloatArray:
         """Tokens that do not fit beside what is in flight, at the price of computing them again."""
-        capacity = view.kv_capacity
-        scraped = np.nan_to_num(view.kv_usage, nan=0.0)
-        with np.errstate(invalid="ignore"):
-            ours = (view.context + view.prompt_tokens) / capacity
-            excess = np.maximum(ours, scraped) - self.kv_headroom
-            seconds = np.maximum(0.0, excess) * capacity / view.speed
-        return np.nan_to_num(seconds, nan=0.0)
+        capacity, usage = _filled(view.kv_capacity), _filled(view.kv_usage)
+        if capacity is None:
+            return np.zeros(view.n)
+        ours = (view.context + view.prompt_tokens) / capacity
+        full = ours if usage is None else np.maximum(ours, usage)
+        return np.maximum(0.0, full - self.kv_headroom) * capacity / view.speed
+
+
+def _filled(column: FloatArray) -> FloatArray | None:
+    """The mean of the known in place of what nobody observed; None where nothing is known."""
+    known = ~np.isnan(column)
+    return np.where(known, column, column[known].mean()) if known.any() else None

@@ -8,6 +8,8 @@ from picker.core.pool import Pool
 from picker.types import BoolArray, Rejection, RejectReason, Request
 
 _RETRY_AFTER_S = 1.0
+# How long a good answer outweighs failing probes; several scrape intervals.
+_BENEFIT_S = 10.0
 
 
 def candidates(pool: Pool, request: Request, now: float) -> BoolArray | Rejection:
@@ -17,7 +19,7 @@ def candidates(pool: Pool, request: Request, now: float) -> BoolArray | Rejectio
     """
     if request.model and len(pool) and not pool.has_model(request.model):
         return unknown_model(pool, request)
-    living = alive(pool) & pool.serving(request.model)
+    living = alive(pool, now) & pool.serving(request.model)
     if not living.any():
         return nobody(pool, request)
     wanted = living & asked_for(pool, request)
@@ -41,9 +43,13 @@ def nobody(pool: Pool, request: Request) -> Rejection:
     return Rejection(request.id, RejectReason.NO_ENDPOINTS, 503, message, _RETRY_AFTER_S)
 
 
-def alive(pool: Pool) -> BoolArray:
-    """Present, not draining, and answering its probes; ejected ones included."""
-    return pool.present & pool.healthy & ~pool.draining
+def alive(pool: Pool, now: float) -> BoolArray:
+    """Present, not draining, and answering: probes say so, or requests did a moment ago, whatever probes say.
+
+    An engine whose metrics page is broken still serves; one that serves no more loses the benefit with its first fault.
+    """
+    answering = pool.healthy | (pool.succeeded_at > now - _BENEFIT_S)
+    return pool.present & answering & ~pool.draining
 
 
 def asked_for(pool: Pool, request: Request) -> BoolArray:

@@ -44,8 +44,10 @@ COLUMNS: dict[str, bool | int | float] = {
     "last_pick": 0,  # number of the decision that picked it last
     # learned
     "failures": 0,  # consecutive
+    "succeeded_at": -np.inf,  # the latest good answer; a fault since then takes it back
     "ejected_until": -np.inf,
     "busy_since": -np.inf,  # when prefilling last became non-zero
+    "awaited": 0,  # of the backlog, the tokens that were there when the present silence began
     "progress_at": -np.inf,  # when a first token came last
 }
 
@@ -76,8 +78,10 @@ class Pool:
     context: Int64Array
     last_pick: Int64Array
     failures: Int64Array
+    succeeded_at: FloatArray
     ejected_until: FloatArray
     busy_since: FloatArray
+    awaited: Int64Array
     progress_at: FloatArray
 
     def __init__(self, rows: int = 64) -> None:
@@ -190,7 +194,7 @@ class Pool:
 
     def book(self, row: int, *, tokens: int, context: int, now: float) -> None:
         if self.prefilling[row] == 0:
-            self.busy_since[row] = now
+            self.busy_since[row], self.awaited[row] = now, tokens
         self.inflight[row] += 1
         self.prefilling[row] += 1
         self.backlog[row] += tokens
@@ -198,9 +202,13 @@ class Pool:
 
     def prefilled(self, row: int, *, tokens: int, now: float) -> None:
         """A booked request has its first token: its prefill is no longer ahead of anyone."""
+        self.abandoned(row, tokens=tokens)
+        self.progress_at[row], self.awaited[row] = now, self.backlog[row]
+
+    def abandoned(self, row: int, *, tokens: int) -> None:
+        """A booked request left before its first token, which is no sign of life from the endpoint."""
         self.prefilling[row] -= 1
         self.backlog[row] -= tokens
-        self.progress_at[row] = now
         assert self.prefilling[row] >= 0, "a prefill was released twice"
         assert self.backlog[row] >= 0, "more tokens were released than booked"
 

@@ -23,6 +23,7 @@ from picker.core.snapshot import EndpointState, endpoint_state
 from picker.core.view import PoolView
 from picker.prefix.approximate import ApproximateIndex
 from picker.types import (
+    BoolArray,
     CacheCleared,
     Decision,
     Endpoint,
@@ -101,6 +102,7 @@ class Scheduler:
         self._bytes_per_token = Ratio(_BYTES_PER_TOKEN, prior_weight=2000.0, keep=0.99)
         self._sessions: OrderedDict[str, str] = OrderedDict()
         self._decisions = 0
+        self._polled_at = -np.inf
         index.grow_rows(self.pool.rows)
 
     # --- the verbs ---
@@ -117,7 +119,7 @@ class Scheduler:
             return candidates
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         open_to = candidates if free is None else candidates & free
-        if open_to.any() and not self._must_wait_behind(request):
+        if open_to.any() and not self._must_wait_behind(request, open_to, now):
             return self._decide(request, np.flatnonzero(open_to), now)
         if self.queue.full:
             message = "The endpoints are saturated and the queue is full."
@@ -149,22 +151,34 @@ class Scheduler:
 
     def poll(self, now: float) -> list[Decision | Rejection]:
         """What the queue lets go: decisions for whom there is room, rejections for whom it is too late."""
+        self.charges.expire_silent(now)
+        self._polled_at = now
         outcomes: list[Decision | Rejection] = []
+        barred = set()  # wishes nobody has room for; decisions only make room scarcer
         for request in self.queue:
+            if _wish(request) in barred and not _expired(request, now):
+                continue
             outcome = self._retry(request, now)
-            if outcome is not None:
+            if outcome is None:
+                barred.add(_wish(request))
+            else:
                 self.queue.remove(request.id)
                 outcomes.append(outcome)
         return outcomes
 
     def next_wakeup(self) -> float | None:
         """The next instant at which `poll` has something to do by itself; None when only facts can change anything."""
-        return self.queue.next_deadline()
+        if not len(self.queue):
+            return None
+        deadline = self.queue.next_deadline()
+        rested = self.pool.ejected_until[self.pool.present]
+        instants = rested[rested > self._polled_at].tolist() + ([] if deadline is None else [deadline])
+        return min(instants, default=None)
 
     def fallback(self, request: Request) -> Decision | Rejection:
         """A random endpoint that may take the request, uncharged: for when deciding itself has failed."""
-        mask = filters.alive(self.pool) & self.pool.serving(request.model)
-        rows = np.flatnonzero(mask & ~filters.named(self.pool, request.exclude))
+        mask = filters.alive(self.pool, request.arrived_at) & self.pool.serving(request.model)
+        rows = np.flatnonzero(mask & filters.asked_for(self.pool, request))
         if rows.size == 0:
             return filters.nobody(self.pool, request)
         endpoint = self.pool.endpoint(int(self._rng.choice(rows)))
@@ -187,13 +201,22 @@ class Scheduler:
 
     # --- waiting ---
 
-    def _must_wait_behind(self, request: Request) -> bool:
-        """Whether someone at least as urgent is waiting already: a newcomer does not overtake."""
-        return any(waiting.priority >= request.priority for waiting in self.queue)
+    def _must_wait_behind(self, request: Request, open_to: BoolArray, now: float) -> bool:
+        """Whether someone at least as urgent waits for one of these endpoints: a newcomer does not overtake."""
+        asked_for = set()
+        for waiting in self.queue:
+            if waiting.priority < request.priority:
+                return False
+            if _wish(waiting) not in asked_for:
+                asked_for.add(_wish(waiting))
+                theirs = filters.candidates(self.pool, waiting, now)
+                if not isinstance(theirs, Rejection) and (theirs & open_to).any():
+                    return True
+        return False
 
     def _retry(self, request: Request, now: float) -> Decision | Rejection | None:
-        if request.deadline is not None and request.deadline <= now:
-            message = f"No endpoint had room within {request.deadline - request.arrived_at:.1f} s."
+        if _expired(request, now):
+            message = f"No endpoint had room within {now - request.arrived_at:.1f} s."
             return Rejection(request.id, RejectReason.EXPIRED, 429, message, _RETRY_AFTER_S)
         candidates = filters.candidates(self.pool, request, now)
         if isinstance(candidates, Rejection):
@@ -293,10 +316,10 @@ class Scheduler:
         if charge is None or fact.served_by is None:
             return
         row = self.pool.row_of_address(fact.served_by)
-        if row is None or (row == charge.row and self.charges.stands(charge)):
+        if row is None or self._is_at(charge, fact.served_by):
             return
         self._fault(charge, now)
-        self.charges.close(fact.request_id, now)
+        self.charges.close(fact.request_id)
         moved = Charge(
             request=charge.request,
             row=row,
@@ -310,6 +333,10 @@ class Scheduler:
         self.index.store(row, charge.request.block_hashes)
         self._remember_session(charge.request, row)
 
+    def _is_at(self, charge: Charge, address: str) -> bool:
+        # By address, not by row: the ranks of one engine share it, and the data plane does not tell them apart.
+        return self.charges.stands(charge) and self.pool.endpoint(charge.row).address == address
+
     def _first_token(self, request_id: int, now: float) -> None:
         charge = self.charges.get(request_id)
         if charge is None:
@@ -317,23 +344,26 @@ class Scheduler:
         since = max(charge.booked_at, float(self.pool.progress_at[charge.row]))
         if self.charges.first_token(request_id, now) is None:
             return
-        if charge.request.streaming and charge.tokens >= _LEARN_FROM_TOKENS and now > since:
+        if charge.request.streaming and charge.tokens >= _LEARN_FROM_TOKENS and now > charge.booked_at:
+            # Of prefills that end in one step all the time goes to the first, and the tokens to each.
             self._speeds.add(charge.row, charge.tokens, now - since)
 
     def _finished(self, request_id: int, status: int, usage: Usage | None, now: float) -> None:
-        charge = self.charges.close(request_id, now)
+        self.charges.first_token(request_id, now)
+        charge = self.charges.close(request_id)
         if charge is None or not self.charges.stands(charge):
             return
         if status >= 500:
             self._fault(charge, now)
         elif status < 400:
             self.pool.failures[charge.row] = 0
+            self.pool.succeeded_at[charge.row] = now
         if usage is not None and usage.prompt_tokens > 0:
             self._learn_usage(charge, usage)
 
     def _failed(self, request_id: int, reason: FailureReason, now: float) -> None:
         self.queue.remove(request_id)
-        charge = self.charges.close(request_id, now)
+        charge = self.charges.close(request_id)
         if charge is not None and reason.blames_endpoint:
             self._fault(charge, now)
 
@@ -343,6 +373,7 @@ class Scheduler:
             return
         failures = int(self.pool.failures[charge.row]) + 1
         self.pool.failures[charge.row] = failures
+        self.pool.succeeded_at[charge.row] = -np.inf
         beyond = failures - self.settings.eject_after
         if beyond >= 0:
             rest = min(self.settings.eject_s * 2.0 ** min(beyond, 30), self.settings.eject_max_s)
@@ -350,7 +381,9 @@ class Scheduler:
 
     def _learn_usage(self, charge: Charge, usage: Usage) -> None:
         request = charge.request
-        if request.prompt_bytes and not request.extra_bytes:
+        if request.extra_bytes:
+            return  # the counts are of all prompts together
+        if request.prompt_bytes and request.prompt_tokens is None:
             self._bytes_per_token.add(request.prompt_bytes, usage.prompt_tokens)
         if usage.cached_tokens is None or not request.block_hashes.size:
             return
@@ -436,6 +469,15 @@ class Scheduler:
         if not abs(blocks - known) <= 0.02 * known:
             self.pool.capacity_blocks[row] = blocks
             self.index.set_capacity(row, blocks)
+
+
+def _wish(request: Request) -> tuple[object, ...]:
+    """All that decides who may take a request: equal wishes have equal candidates."""
+    return request.model, request.role, request.subset, request.exclude
+
+
+def _expired(request: Request, now: float) -> bool:
+    return request.deadline is not None and request.deadline <= now
 
 
 def _with_models(endpoint: Endpoint, models: frozenset[str]) -> Endpoint:

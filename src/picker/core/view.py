@@ -94,6 +94,11 @@ class PoolView:
         return self._pool.last_pick[self.rows]
 
     @property
+    def awaited(self) -> Int64Array:
+        """Tokens of the backlog that were booked before the silence of `idle_for` began."""
+        return self._pool.awaited[self.rows]
+
+    @property
     def idle_for(self) -> FloatArray:
         """Seconds in which a prefilling endpoint has produced no first token; 0 where nothing is prefilling."""
         since = np.maximum(self._take(self._pool.busy_since), self._take(self._pool.progress_at))
