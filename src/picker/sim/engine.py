@@ -541,19 +541,19 @@ class Engine:
             decodes=decodes,
             context=self._base_sum + decodes * self._ticks,
         )
-        uniform = not batch.prefill_tokens and (not self._waiting_count or self._stalled)
-        if horizon is None or not uniform:
-            return 1, first * (self._noise.take() if self._noise else 1.0) + batch.delay
         growth = factor * self.profile.c_kv * decodes
+        alike = not batch.prefill_tokens and (self._stalled or not self._waiting_count)
+        span = horizon - now if horizon is not None and alike else 0.0
+        begun = _steps_before(span, first, growth)
+        if begun == 1:
+            return 1, first * (self._noise.take() if self._noise else 1.0) + batch.delay
         limit = self._steps_to_next_end()
-        begun = _steps_before(horizon - now, first, growth)
         if self._noise is None:
             steps = self._walk_blocks(min(limit, begun), batch)
             return steps, steps * first + growth * (steps * (steps - 1) / 2)
         limit = min(limit, begun + begun // 4 + 8)  # room for a run of quick steps; a shorter merge is right too
-        times = (first + growth * np.arange(limit)) * self._noise.peek(limit)
-        ends = np.cumsum(times)
-        begun = int(np.searchsorted(ends, horizon - now, side="left")) + 1
+        ends = np.cumsum((first + growth * np.arange(limit)) * self._noise.peek(limit))
+        begun = int(np.searchsorted(ends, span, side="left")) + 1
         steps = self._walk_blocks(min(limit, begun), batch)
         self._noise.skip(steps)
         return steps, float(ends[steps - 1])

@@ -82,6 +82,16 @@ class Pod:
         self._stepping = False
         self._held: StepResult | None = None
 
+    @property
+    def in_flight(self) -> int:
+        """Generate requests that have not been answered to their end."""
+        return len(self._calls)
+
+    @property
+    def up(self) -> bool:
+        """False between the death and the return that `restart` was asked for."""
+        return not self._down
+
     # --- requests ---------------------------------------------------------------------------------------------
 
     def handle(self, request: HttpRequest, reply: Reply) -> None:
@@ -324,11 +334,12 @@ class Pod:
         reply.send(200, msgspec.json.encode(self.fault))
 
     def _change_fault(self, request: HttpRequest, reply: Reply) -> None:
+        hung = self.fault.hang
         try:
             change = msgspec.json.decode(request.body or b"{}", type=FaultChange)
-        except msgspec.DecodeError as error:
+            self.fault = change.applied_to(self.fault)
+        except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
             raise WireError(f"fault: {error}") from None
-        hung, self.fault = self.fault.hang, change.applied_to(self.fault)
         self.engine.slow_down(self.fault.slowdown)
         if hung and not self.fault.hang:
             self._resume()
@@ -386,9 +397,12 @@ class Pod:
 
 
 @contextlib.asynccontextmanager
-async def open_pods(options: PodOptions) -> AsyncIterator[list[Pod]]:
-    """Pods that serve until the end of the block. Raises ConfigError when a port is taken."""
-    clock = PodClock(options.time_scale)
+async def open_pods(options: PodOptions, clock: PodClock | None = None) -> AsyncIterator[list[Pod]]:
+    """Pods that serve until the end of the block. Raises ConfigError when a port is taken.
+
+    clock: instead of one that runs `time_scale` times as fast as the wall's.
+    """
+    clock = clock or PodClock(options.time_scale)
     pods = [Pod(options, index, clock) for index in range(options.count)]
     servers: list[asyncio.Server] = []
     try:

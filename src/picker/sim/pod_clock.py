@@ -15,11 +15,15 @@ from picker.sim.kernel import Kernel
 
 
 class PodClock:
-    """virtual seconds = wall seconds since construction * `scale`. To be made inside the running loop."""
+    """virtual seconds = wall seconds since construction * `scale`. To be made inside the running loop.
 
-    def __init__(self, scale: float = 1.0) -> None:
+    wall: a monotonic clock in seconds. Not the loop's own: uvloop's moves in milliseconds, and once in a round.
+    """
+
+    def __init__(self, scale: float = 1.0, wall: Callable[[], float] = time.monotonic) -> None:
         self._loop = asyncio.get_running_loop()
-        self._origin = time.monotonic()  # uvloop's own clock moves in milliseconds, and once in a round
+        self._read_wall = wall
+        self._origin = wall()
         self._scale = scale
         self._kernel = Kernel()
         self._until = 0.0
@@ -69,7 +73,7 @@ class PodClock:
             self._timer.cancel()
 
     def _wall(self) -> float:
-        return (time.monotonic() - self._origin) * self._scale
+        return (self._read_wall() - self._origin) * self._scale
 
     def _arm(self) -> None:
         due = self._kernel.next_at

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import msgspec
 
 from picker.errors import ConfigError
 from picker.sim.engine import Policy
 from picker.sim.latency import Profile, profile
+
+_ERRORS = frozenset(status.value for status in HTTPStatus if status >= 400)
 
 
 class MetricsFault(enum.Enum):
@@ -33,6 +37,12 @@ class Fault:
     error_status: int | None = None
     metrics: MetricsFault = MetricsFault.NONE
     slowdown: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.slowdown < math.inf:
+            raise ConfigError(f"fault: slowdown must be above 0, got {self.slowdown}")
+        if self.error_status is not None and self.error_status not in _ERRORS:
+            raise ConfigError(f"fault: error_status must be an HTTP error, got {self.error_status}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

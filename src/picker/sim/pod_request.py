@@ -175,7 +175,7 @@ def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _schema_error(str(error), body) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         where = re.search(r"byte (\d+)", str(error))
         location = f"body.{where[1] if where else len(body)}"
         raise _invalid("json_invalid", location, "JSON decode error", body) from None
@@ -194,7 +194,7 @@ def _schema_error(message: str, body: bytes) -> WireError:
 def _invalid(kind: str, location: str, why: str, body: bytes) -> WireError:
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         decoded = {}
     size = f"<dict of {len(decoded)} items>" if isinstance(decoded, dict) else f"<{type(decoded).__name__}>"
     entry = {"type": kind, "loc": location, "msg": why, "input": size}
