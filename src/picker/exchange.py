@@ -360,7 +360,7 @@ class Exchange:
         tried = self._submit.exclude | {self._decision.endpoint.name}
         failed = self._failure(reason)
         if reason in _RETRYABLE and self._attempts < self.limits.max_attempts:
-            self._submit = replace(self._submit, exclude=tried)
+            self._submit, self._failed = replace(self._submit, exclude=tried), reason
             self.phase = Phase.DECIDING
             return [*failed, self._submit]
         return [*failed, *self._give_up(reason, f"{self._attempts} tried")]

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from picker.bench import machine
+from picker.bench.cases import CHUNKS, PROMPT_BYTES
+from picker.commands.options import run
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Characters across where nobody says how many there are.
+_PAGE = 120
 
 
 @click.group()
@@ -32,25 +40,116 @@ def pick(repeats: int, seed: int, as_json: bool) -> None:
     show("pick", rows(repeats=repeats, seed=seed, progress=_progress), as_json=as_json)
 
 
-def show(name: str, rows: Iterable[dict[str, Any]], *, as_json: bool) -> None:
-    """Print rows as contract JSON, or as a table with the machine below it."""
+def _gateway_options(command: F) -> F:
+    """What the benchmarks of a whole gateway share."""
+    options = (
+        click.option(
+            "--prompt-bytes",
+            multiple=True,
+            type=click.IntRange(min=64),
+            default=PROMPT_BYTES,
+            show_default=True,
+            metavar="N",
+            help="Size of the prompts; repeat for several.",
+        ),
+        click.option(
+            "--chunks",
+            multiple=True,
+            type=click.IntRange(min=0),
+            default=CHUNKS,
+            show_default=True,
+            metavar="N",
+            help="Chunks of the streamed answers, 0 for one JSON answer; repeat for several.",
+        ),
+        click.option(
+            "--seconds",
+            type=click.FloatRange(min=0, min_open=True),
+            default=0.7,
+            show_default=True,
+            metavar="S",
+            help="Length of each measured window.",
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(min=1),
+            default=3,
+            show_default=True,
+            metavar="N",
+            help="Every figure is the median of these; --json has the extremes too.",
+        ),
+        _json,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@command.command()
+@_gateway_options
+def extproc(as_json: bool, **settings: Any) -> None:
+    """picker behind a real Envoy, against the same Envoy without it.
+
+    CPU time is what the process used while as many requests as it can take went through; the added latency is measured
+    apart, at a modest rate, up to the first byte of the answer (added_chunk: for one chunk on its way back).
+    """
+    from picker.bench.extproc import COLUMNS, rows
+
+    show("extproc", _finish(rows(**settings, progress=_progress)), as_json=as_json, columns=COLUMNS)
+
+
+@command.command()
+@_gateway_options
+def proxy(as_json: bool, **settings: Any) -> None:
+    """The standalone proxy, beside every peer found here (sglang-router, vllm-router, smg) and no proxy at all.
+
+    All get the same requests and one core. The added latency is against `direct`, up to the first byte of the answer
+    (added_chunk: for one chunk on its way back).
+    """
+    from picker.bench.proxy import COLUMNS, rows
+
+    found = _finish(rows(**settings, progress=_progress, warn=_warn))
+    show("proxy", found, as_json=as_json, columns=COLUMNS)
+
+
+def _finish(rows: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    async def collect() -> None:
+        found.extend(await rows)
+
+    run(collect())
+    return found
+
+
+def show(name: str, rows: Iterable[dict[str, Any]], *, as_json: bool, columns: Sequence[str] | None = None) -> None:
+    """Print rows as contract JSON, or as a table with the machine below it. columns: of the table, else all keys."""
     found = list(rows)
     where = machine.describe()
     if as_json:
         click.echo(json.dumps({"bench": name, "rows": found, "machine": where}))
         return
-    table = Table(title=f"picker bench {name}")
-    for key in found[0]:
-        table.add_column(key, justify="right")
+    table = Table(title=f"picker bench {name}", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = columns or list(found[0])
+    for key in columns:
+        # Headings break at spaces, so that a dozen columns fit.
+        table.add_column(key.replace("_", " "), justify="right")
     for row in found:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row[key]) for key in columns))
     console = Console()
+    if not console.is_terminal:
+        console.width = _PAGE
     console.print(table)
     console.print(" · ".join(f"{key} {value}" for key, value in where.items()), style="dim")
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,.1f}" if isinstance(value, float) else "" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return "" if value is None else str(value)
+
+
+def _warn(line: str) -> None:
+    click.echo(f"picker bench: {line}", err=True)
 
 
 def _progress(line: str) -> None:

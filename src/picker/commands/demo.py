@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
@@ -17,7 +17,8 @@ from picker.demo import DURATION, WORKLOAD, Comparison, Setup, demonstrate
 from picker.demo_stack import DataPlane, EnvoyMissingError, Stack
 from picker.errors import ConfigError
 from picker.load import report
-from picker.load.live import live_line
+from picker.load.live import OnProgress, live_line
+from picker.load.workload import Plan
 from picker.sim.latency import profile
 
 _LINES = (
@@ -66,44 +67,60 @@ def command(
     not better.
     """
     setup = Setup(endpoints=endpoints, duration=duration, data_plane=DataPlane(data_plane), trace=trace, seed=seed)
-    results: list[Comparison] = []
-
-    def show(stack: Stack, comparison: Comparison) -> None:
-        results.append(comparison)
-        if as_json:
-            click.echo(json.dumps(comparison.to_json(), allow_nan=False))
-        else:
-            _print(comparison, setup)
-        for line in _errors(comparison):
-            click.echo(line, err=True)
-        if keep:
-            click.echo(_urls(stack, setup.scene.model), err=True)
-
+    terminal = Terminal(setup, as_json=as_json, keep=keep)
     click.echo(f"Starting {endpoints} simulated pods, picker and {_WITH[setup.data_plane]} ...", err=True)
     try:
-        run_loop(_until_terminated(setup, show, keep=keep))
+        run_loop(_until_terminated(setup, terminal, keep=keep))
     except EnvoyMissingError as error:
         raise ConfigError(f"{error} Or run the demo without Envoy: picker demo --data-plane proxy") from None
     except KeyboardInterrupt:
-        if not results:
-            raise
+        if terminal.comparison is None:
+            ctx.exit(130)
     except asyncio.CancelledError:
         ctx.exit(143)
-    ctx.exit(0 if results and results[0].better else 1)
+    ctx.exit(0 if terminal.comparison and terminal.comparison.better else 1)
 
 
 _WITH = {DataPlane.ENVOY: "Envoy", DataPlane.PROXY: "its proxy"}
 
 
-async def _until_terminated(setup: Setup, show: Callable[[Stack, Comparison], None], *, keep: bool) -> None:
+async def _until_terminated(setup: Setup, terminal: Terminal, *, keep: bool) -> None:
     """SIGTERM ends the demo as tidily as Ctrl-C does."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        await demonstrate(setup, live_line, show, keep=keep)
+        await demonstrate(setup, terminal, keep=keep)
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+class Terminal:
+    """The audience at a terminal: results on stdout, everything else on stderr."""
+
+    def __init__(self, setup: Setup, *, as_json: bool, keep: bool) -> None:
+        self.comparison: Comparison | None = None
+        self._setup = setup
+        self._as_json = as_json
+        self._keep = keep
+
+    def up(self, stack: Stack, plan: Plan) -> None:
+        seconds = plan.duration / self._setup.scene.time_scale
+        click.echo(f"Up. Sending {plan.requests} requests, twice, for {seconds:.0f} s each.", err=True)
+
+    def live(self, label: str) -> AbstractContextManager[OnProgress | None]:
+        return live_line(label)
+
+    def result(self, stack: Stack, comparison: Comparison) -> None:
+        self.comparison = comparison
+        if self._as_json:
+            click.echo(json.dumps(comparison.to_json(), allow_nan=False))
+        else:
+            _print(comparison, self._setup)
+        for line in _errors(comparison):
+            click.echo(line, err=True)
+        if self._keep:
+            click.echo(_urls(stack, self._setup.scene.model), err=True)
 
 
 def _errors(comparison: Comparison) -> list[str]:

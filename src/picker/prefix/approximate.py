@@ -1,4 +1,4 @@
-"""What each endpoint probably caches, learned from what we sent there: blocks, the least recently used out first.
+"""What each endpoint probably caches, learned from what we sent there: prefixes, the least recently used out first.
 
 Mirrors vLLM's automatic prefix caching: block i is useful only if 0..i-1 are there too, a request's blocks are evicted
 tail first, and an endpoint holds as much as its KV cache does. Pure, with a hard bound on memory.
@@ -6,95 +6,117 @@ tail first, and an endpoint holds as much as its KV cache does. Pure, with a har
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import numpy as np
-from numpy.typing import NDArray
 
 from picker.types import FloatArray, Int32Array, UInt64Array
 
-SlotArray = NDArray[np.int32]
-
 _NEVER = np.iinfo(np.int64).max
-_NUMBER_BYTES = 32  # of a Python int
-_CHUNK_BYTES = 256  # of a touch: the object, its array's header, its place in the queue
-_COMPACT_SLACK = 1024
-_WALK = 64  # hashes looked up at once: a prompt nobody knows costs no more than its first blocks
+_HASH = 8  # bytes
+_TABLES = 64  # the table of runs, in parts: one part at a time grows, and for a moment is there twice
+_LAST = _TABLES - 1
 
-# Rules of `correct`. A miss counts forty times a hit: in balance about one prediction in forty is too high.
+# Bytes, measured on CPython 3.11; a little above what the allocator takes.
+_RUN_BYTES = 288  # a run: the object, its number, its key in the table, the header of its hashes and of its two sets
+_ENTRY_BYTES = 32  # the stamp of an entry in a row's order
+_PROMPT_BYTES = (
+    4096  # room for what one prompt adds besides its hashes: two runs, their entries, tables that were empty
+)
+_SPARSE = 512  # a table with so many bytes an entry has lost most of its entries: made anew
+
+# Rules of `correct`. A miss counts ten times a hit: in balance about one prediction in eleven misses. Fewer would need
+# a larger ratio, and then the few misses that have nothing to do with capacity (a request that was aborted before its
+# prefill or does not read the cache) would shrink it to the floor: measured, 5 % of them do at forty to one.
 _SHRINK = 0.98
-_RECOVER = 1.0005
+_RECOVER = 1.002
+_NEARLY = 0.9  # of the prediction, or one block less than it, is no miss: bytes and tokens do not divide alike
 _FLOOR = 0.1
 _TRUST_GAIN = 0.05
 
 
-@dataclass(slots=True)
-class _Touch:
-    """One use of one endpoint: slots, oldest block first. What is used again later belongs to the later touch."""
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Blocks that have always been used together, after those of `parent`: an edge of a radix tree over prompts.
 
-    stamp: int
-    slots: SlotArray
+    hashes: of its blocks, oldest first, as bytes. number: its own, never given again. children: runs that go on from
+    here. whole, part: rows, as bits, that hold all of it and only its first blocks. Somebody always holds all of it,
+    and whoever holds a child does.
+    """
+
+    hashes: bytes
+    parent: _Run | None
+    number: int
+    children: int = 0
+    whole: int = 0
+    part: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return len(self.hashes) // _HASH
 
 
 @dataclass(slots=True)
 class _Row:
-    """One endpoint's holdings: slot -> stamp of its latest touch, and the touches in order.
+    """One endpoint's holdings.
 
-    queued: slots in all touches. nbytes: of `held`. announced, effective: capacity in blocks, as the engine says and
-    as it is trusted.
+    order: run -> stamp of its latest touch, the next to go first. A run follows all that continue it, so what goes
+    first is always the end of something. A run that was split off the head of another has no entry until it is touched
+    or the other goes. blocks: held. nbytes: of `order`. announced, effective: capacity in blocks, as the engine says
+    and as it is trusted.
     """
 
-    held: dict[int, int] = field(default_factory=dict)
-    touches: deque[_Touch] = field(default_factory=deque)
-    queued: int = 0
+    order: OrderedDict[_Run, int] = field(default_factory=OrderedDict)
+    blocks: int = 0
     nbytes: int = 0
     announced: float = np.inf
     effective: float = np.inf
 
 
 class ApproximateIndex:
-    """Who holds which block. budget_bytes: bound on everything allocated here, growth of its tables included.
+    """Who holds which prefix. budget_bytes: bound on everything learned, growth of tables included.
 
-    A block has a slot; `_holders[slot]` is the set of rows that hold it, as bits. Dictionaries do the looking up: a
-    hundred blocks take a few microseconds, less than the calls of a vectorised hash table. Sets of rows are intersected
-    for all rows at once. A touch always covers a whole prefix, so a row's holdings stay closed under prefixes when the
-    oldest touch loses its tail first.
+    A radix tree, as in SGLang's RadixAttention, shared by all rows: blocks that are only used together cost one
+    comparison and one entry however many they are, so time and memory follow the number of branches in a prompt rather
+    than its length. Who holds a run is a set of rows as bits; the sets of a path are turned into counts for all rows at
+    once. The bare rows, under a kilobyte each, come on top of the budget.
     """
 
     def __init__(self, budget_bytes: int, rows: int = 64) -> None:
         self.budget_bytes = budget_bytes
         self.trust: FloatArray = np.ones(rows)
         self._rows = [_Row() for _ in range(rows)]
-        self._words = -(-rows // 64)
-        self._slots: dict[int, int] = {}  # hash -> slot
-        self._hashes: UInt64Array = np.zeros(0, dtype=np.uint64)  # by slot
-        self._holders: UInt64Array = np.zeros((0, self._words), dtype=np.uint64)  # by slot
-        self._free: list[int] = []
+        self._part: Int32Array = np.zeros(rows, dtype=np.int32)  # by row: blocks held of the one run it holds in part
+        self._oldest = np.full(rows, _NEVER, dtype=np.int64)  # by row: stamp of the next to go
+        self._root = _Run(b"", None, 0)
+        self._tables: list[dict[int, _Run]] = [{} for _ in range(_TABLES)]
+        self._numbers = itertools.count(1)
         self._stamp = 0
-        self._oldest = np.full(rows, _NEVER, dtype=np.int64)  # by row: stamp of its oldest touch
-        self._rows_bytes = 0
+        self._runs = self._blocks = 0
+        self._weights = [0] * _TABLES  # bytes by table
+        self._order_bytes = self._table_bytes = self._largest_table = 0
 
     # --- reading ---
 
     @property
     def nbytes(self) -> int:
-        """Bytes held at this moment, to within the allocator's rounding."""
-        numbers = _NUMBER_BYTES * (2 * len(self._slots) + len(self._free))
-        arrays = int(self._hashes.nbytes) + int(self._holders.nbytes)
-        return sys.getsizeof(self._slots) + sys.getsizeof(self._free) + numbers + arrays + self._rows_bytes
+        """Bytes that what was learned takes at this moment, to within the allocator's rounding."""
+        runs = self._runs * (_RUN_BYTES + len(self._rows) // 7)  # a Python int holds 30 bits in 4 bytes
+        return runs + _HASH * self._blocks + self._order_bytes + self._table_bytes
 
     @property
     def blocks(self) -> int:
         """Distinct blocks held by anyone."""
-        return len(self._slots)
+        return self._blocks
 
     def resident(self, row: int) -> int:
         """Blocks this row is believed to hold."""
-        return len(self._rows[row].held)
+        return self._rows[row].blocks
 
     def effective_capacity(self, row: int) -> float:
         """Blocks the row is trusted to retain; inf where its capacity is not known."""
@@ -105,16 +127,13 @@ class ApproximateIndex:
 
         block_hashes: (b,) chained hashes, oldest first. Returns (rows,) counts, 0..b. Reads only.
         """
-        rows = len(self._rows)
-        slots = self._known(block_hashes)
-        if not slots:
-            return np.zeros(rows, dtype=np.int32)
-        holders = np.bitwise_and.accumulate(self._holders[slots], axis=0)
-        # Leading holders only drop out: the last block of each run of equal sets tells the whole run.
-        ends = [*(holders[1:] != holders[:-1]).any(axis=1).nonzero()[0].tolist(), len(slots) - 1]
-        bits = np.unpackbits(holders[ends].view(np.uint8), axis=1, bitorder="little")[:, :rows]
-        lengths = np.array([end - before for end, before in zip(ends, [-1, *ends], strict=False)], dtype=np.int32)
-        counts: Int32Array = lengths @ bits.astype(np.int32)
+        path, lengths = self._walk(block_hashes)
+        if not path:
+            return np.zeros(len(self._rows), dtype=np.int32)
+        counts = self._count(path, lengths)
+        for run, length in zip(path, lengths, strict=True):
+            if run.part:
+                counts += self._bits([run.part])[0] * np.minimum(self._part, length)
         return counts
 
     # --- learning ---
@@ -124,19 +143,12 @@ class ApproximateIndex:
         mine = self._rows[row]
         if block_hashes.size > mine.effective:
             block_hashes = block_hashes[: int(mine.effective)]
-        if block_hashes.size == 0 or not self._make_room(row, block_hashes.size):
+        if block_hashes.size == 0 or not self._make_room(self._growth(mine, block_hashes.size)):
             return
         self._stamp += 1
-        slots = self._slots_of(block_hashes)
-        array = np.array(slots, dtype=np.int32)
-        self._holders[array, row >> 6] |= np.uint64(1 << (row & 63))
-        mine.held.update(zip(slots, repeat(self._stamp), strict=False))
-        self._queue(row, _Touch(self._stamp, array))
-        if len(mine.held) > mine.effective:
-            self._evict(row, int(np.ceil(len(mine.held) - mine.effective)))
-        if mine.queued > 2 * len(mine.held) + _COMPACT_SLACK:
-            self._compact(row)
-        self._weigh(mine)
+        for run in reversed(self._path(row, block_hashes)):
+            self._touch(row, run)
+        self._trim(row)
 
     def correct(self, row: int, block_hashes: UInt64Array, predicted: int, actual: int) -> None:
         """The engine had `actual` leading blocks cached when we had predicted so many.
@@ -151,28 +163,23 @@ class ApproximateIndex:
         held = min(actual, predicted) / predicted
         self.trust[row] += _TRUST_GAIN * (held - self.trust[row])
         mine = self._rows[row]
-        if np.isfinite(mine.announced):
-            factor = _RECOVER if actual >= predicted else _SHRINK
+        if math.isfinite(mine.announced):
+            factor = _SHRINK if held < _NEARLY and predicted - actual > 1 else _RECOVER
             mine.effective = min(mine.announced, max(_FLOOR * mine.announced, mine.effective * factor))
             self._trim(row)
 
     def set_capacity(self, row: int, blocks: int | None) -> None:
         """What the engine announces to hold, in our blocks; None when it does not say. What was learned is kept."""
         mine = self._rows[row]
-        learned = mine.effective / mine.announced if np.isfinite(mine.announced) else 1.0
+        known = math.isfinite(mine.announced) and mine.announced > 0
+        learned = mine.effective / mine.announced if known else 1.0
         mine.announced = np.inf if blocks is None else float(blocks)
         mine.effective = mine.announced * learned
         self._trim(row)
 
     def clear(self, row: int) -> None:
         """The row holds nothing any more (its engine restarted)."""
-        mine = self._rows[row]
-        self._let_go(row, np.fromiter(mine.held, dtype=np.int32, count=len(mine.held)))
-        mine.held = {}
-        mine.touches.clear()
-        mine.queued = 0
-        self._oldest[row] = _NEVER
-        self._weigh(mine)
+        self._evict(row, self._rows[row].blocks)
 
     def remove_row(self, row: int) -> None:
         """The endpoint left; whoever gets the row next starts from nothing."""
@@ -186,145 +193,254 @@ class ApproximateIndex:
         if extra <= 0:
             return
         self._rows.extend(_Row() for _ in range(extra))
+        self._part = np.concatenate([self._part, np.zeros(extra, dtype=np.int32)])
         self._oldest = np.concatenate([self._oldest, np.full(extra, _NEVER, dtype=np.int64)])
         self.trust = np.concatenate([self.trust, np.ones(extra)])
-        self._words = -(-rows // 64)
-        self._resize(self._hashes.size)
+        self._make_room(0)
 
-    # --- blocks and slots ---
+    # --- sets of rows ---
 
-    def _known(self, block_hashes: UInt64Array) -> list[int]:
-        """Slots of the leading blocks that anyone holds."""
-        slots: list[int] = []
-        for start in range(0, block_hashes.size, _WALK):
-            found = list(map(self._slots.get, block_hashes[start : start + _WALK].tolist()))
-            if None in found:
-                return slots + _leading(found)
-            slots += found  # type: ignore[arg-type]  # none of them is None
-        return slots
+    def _count(self, path: list[_Run], lengths: list[int]) -> Int32Array:
+        """(rows,) blocks of the runs that a row holds whole."""
+        sets: list[int] = []
+        sums: list[int] = []
+        for run, length in zip(path, lengths, strict=True):
+            if sets and sets[-1] == run.whole:  # sets only shrink along a path: equal ones follow each other
+                sums[-1] += length
+            else:
+                sets.append(run.whole)
+                sums.append(length)
+        counts: Int32Array = np.array(sums, dtype=np.int32) @ self._bits(sets)
+        return counts
 
-    def _slots_of(self, block_hashes: UInt64Array) -> list[int]:
-        """Slots of all blocks, new ones for those nobody holds."""
-        hashes = block_hashes.tolist()
-        found = list(map(self._slots.get, hashes))
-        if None in found:
-            for index, slot in enumerate(found):
-                if slot is None:
-                    slot = self._slots.get(hashes[index])  # a hash may come twice in one prompt
-                    found[index] = self._new_slot(hashes[index]) if slot is None else slot
-        return found  # type: ignore[return-value]  # every None has been replaced
+    def _bits(self, sets: list[int]) -> Int32Array:
+        """(sets, rows) of 0 and 1."""
+        rows = len(self._rows)
+        width = -(-rows // 8)
+        packed = np.frombuffer(b"".join([each.to_bytes(width, "little") for each in sets]), dtype=np.uint8)
+        bits = np.unpackbits(packed.reshape(len(sets), width), axis=1, count=rows, bitorder="little")
+        return bits.astype(np.int32)
 
-    def _new_slot(self, block_hash: int) -> int:
-        slot = self._free.pop()
-        self._slots[block_hash] = slot
-        self._hashes[slot] = block_hash
-        return slot
+    # --- the tree ---
 
-    def _let_go(self, row: int, slots: SlotArray) -> None:
-        """The row holds these no more; blocks that nobody holds then are forgotten."""
-        if slots.size == 0:
+    def _walk(self, block_hashes: UInt64Array) -> tuple[list[_Run], list[int]]:
+        """The runs that a prompt leads through, and how many blocks of each: all of them, except in the last."""
+        path: list[_Run] = []
+        lengths: list[int] = []
+        data, position, run = block_hashes.tobytes(), 0, self._root
+        while position < block_hashes.size:
+            key = run.number << 64 | block_hashes.item(position)
+            found = self._tables[key & _LAST].get(key)
+            if found is None:
+                break
+            run = found
+            whole = data.startswith(run.hashes, _HASH * position)
+            length = run.blocks if whole else _common(run.hashes, block_hashes[position:])
+            path.append(run)
+            lengths.append(length)
+            if not whole:
+                break
+            position += length
+        return path, lengths
+
+    def _path(self, row: int, block_hashes: UInt64Array) -> list[_Run]:
+        """The runs that make up this prompt and nothing else; those that are missing are held by nobody yet."""
+        path, lengths = self._walk(block_hashes)
+        if path and lengths[-1] < path[-1].blocks:
+            path[-1] = self._split(path[-1], lengths[-1])
+        rest = block_hashes[sum(lengths) :].tobytes()
+        last = path[-1] if path else self._root
+        if rest and last.whole == 1 << row and not last.children and not last.part:
+            last.hashes += rest  # a conversation that goes on where it was stays one run
+            self._blocks += len(rest) // _HASH
+            self._rows[row].blocks += len(rest) // _HASH
+        elif rest:
+            path.append(self._attach(rest, last))
+        return path
+
+    def _attach(self, hashes: bytes, parent: _Run) -> _Run:
+        run = _Run(hashes, parent, next(self._numbers))
+        parent.children += 1
+        self._runs += 1
+        self._blocks += run.blocks
+        self._enter(run)
+        return run
+
+    def _split(self, run: _Run, at: int) -> _Run:
+        """Cut a run in two after so many blocks; returns the new upper one, the old one continues it."""
+        assert run.parent is not None
+        upper = _Run(run.hashes[: _HASH * at], run.parent, next(self._numbers), children=1, whole=run.whole)
+        self._enter(upper)
+        run.hashes = run.hashes[_HASH * at :]
+        run.parent = upper
+        self._enter(run)
+        self._runs += 1
+        for row in _members(run.part):
+            if self._part[row] > at:
+                upper.whole |= 1 << row
+                self._part[row] -= at
+            else:
+                self._move_up(row, run, upper)
+        return upper
+
+    def _move_up(self, row: int, run: _Run, upper: _Run) -> None:
+        """The row held no more of a run than what became the upper one."""
+        bit = 1 << row
+        run.part ^= bit
+        if self._part[row] == upper.blocks:
+            upper.whole |= bit
+        else:
+            upper.part |= bit
+        order = self._rows[row].order
+        order[upper] = order.pop(run)
+        order.move_to_end(upper, last=False)
+        self._weigh(row)
+
+    def _forget(self, run: _Run) -> None:
+        """Nobody holds any of it."""
+        assert run.parent is not None
+        key = _key(run)
+        del self._tables[key & _LAST][key]
+        self._weigh_table(key & _LAST)
+        run.parent.children -= 1
+        self._runs -= 1
+        self._blocks -= run.blocks
+
+    def _enter(self, run: _Run) -> None:
+        key = _key(run)
+        self._tables[key & _LAST][key] = run
+        self._weigh_table(key & _LAST)
+
+    # --- holding ---
+
+    def _touch(self, row: int, run: _Run) -> None:
+        """The row holds this run; of all it holds, it is the last to go."""
+        mine, bit = self._rows[row], 1 << row
+        if not run.whole & bit:
+            mine.blocks += run.blocks
+            if run.part & bit:
+                mine.blocks -= int(self._part[row])
+                run.part ^= bit
+            run.whole |= bit
+        mine.order[run] = self._stamp
+        mine.order.move_to_end(run)
+
+    def _trim(self, row: int) -> None:
+        """Hold the row to its capacity and all to the budget."""
+        mine = self._rows[row]
+        if mine.blocks > mine.effective:
+            self._evict(row, int(np.ceil(mine.blocks - mine.effective)))
+        else:
+            self._weigh(row)
+        self._make_room(0)
+
+    def _evict(self, row: int, count: int) -> None:
+        """Take so many blocks from a row, or all it has: what was touched first, from its tail."""
+        mine = self._rows[row]
+        while count > 0 and mine.order:
+            run = next(iter(mine.order))
+            held = self._held(row, run)
+            if held > count:
+                self._cut(row, run, held - count)
+            else:
+                self._drop(row, run)
+            count -= held
+        self._weigh(row)
+
+    def _held(self, row: int, run: _Run) -> int:
+        return run.blocks if run.whole >> row & 1 else int(self._part[row])
+
+    def _drop(self, row: int, run: _Run) -> None:
+        """The row holds nothing of its next to go."""
+        mine, bit = self._rows[row], 1 << row
+        mine.blocks -= self._held(row, run)
+        run.whole &= ~bit
+        run.part &= ~bit
+        stamp = mine.order.pop(run)
+        parent = run.parent
+        if parent is not None and parent is not self._root and parent not in mine.order:
+            mine.order[parent] = stamp
+            mine.order.move_to_end(parent, last=False)
+        self._settle(run)
+
+    def _cut(self, row: int, run: _Run, kept: int) -> None:
+        """The row keeps only the first blocks of its next to go."""
+        self._rows[row].blocks -= self._held(row, run) - kept
+        run.whole &= ~(1 << row)
+        run.part |= 1 << row
+        self._part[row] = kept
+        self._settle(run)
+
+    def _settle(self, run: _Run) -> None:
+        """A run ends where the last holder's part of it does."""
+        if run.whole:
             return
-        self._holders[slots, row >> 6] &= ~np.uint64(1 << (row & 63))
-        orphans = slots[~self._holders[slots].any(axis=1)]
-        for block_hash in self._hashes[orphans].tolist():
-            self._free.append(self._slots.pop(block_hash))
+        if not run.part:
+            self._forget(run)
+            return
+        rows = list(_members(run.part))
+        longest = max(int(self._part[row]) for row in rows)
+        self._blocks -= run.blocks - longest
+        run.hashes = run.hashes[: _HASH * longest]
+        run.whole = sum(1 << row for row in rows if self._part[row] == longest)
+        run.part ^= run.whole
 
     # --- room ---
 
-    def _make_room(self, row: int, count: int) -> bool:
-        """Let so many new blocks in within the budget, the globally oldest touches going first; False: impossible."""
-        while self._peak(row, count) > self.budget_bytes:
-            oldest = int(np.argmin(self._oldest))
-            if self._oldest[oldest] == _NEVER:
+    def _growth(self, mine: _Row, blocks: int) -> int:
+        """Bytes at the worst moment of storing so many blocks: a table that grows is there thrice, old and new."""
+        return _HASH * blocks + _PROMPT_BYTES + 2 * mine.nbytes + 4 * self._largest_table
+
+    def _make_room(self, extra: int) -> bool:
+        """Let so many more bytes in within the budget, the globally oldest runs going first; False: impossible."""
+        if extra > self.budget_bytes:
+            return False
+        while self.nbytes + extra > self.budget_bytes:
+            row = int(np.argmin(self._oldest))
+            if self._oldest[row] == _NEVER:
                 return False
-            self._evict(oldest, max(count, 1))
-            self._weigh(self._rows[oldest])
-        if len(self._free) < count:
-            self._resize(self._grown(count))
+            self._evict(row, self._held(row, next(iter(self._rows[row].order))))
         return True
 
-    def _peak(self, row: int, count: int) -> int:
-        """Bytes at the worst moment of storing so many blocks: a table that grows is there twice, thrice as large."""
-        new = count * (2 * _NUMBER_BYTES + 8) + _CHUNK_BYTES
-        tables = 3 * (sys.getsizeof(self._slots) + sys.getsizeof(self._rows[row].held)) + 200 * count
-        slots = self._grown(count) if len(self._free) < count else 0
-        return self.nbytes + new + tables + slots * (8 * self._words + 16 + _NUMBER_BYTES)
-
-    def _grown(self, count: int) -> int:
-        size = int(self._hashes.size)
-        return size + max(count, size // 4, 1024)
-
-    def _resize(self, slots: int) -> None:
-        old = int(self._hashes.size)
-        hashes, holders = np.zeros(slots, dtype=np.uint64), np.zeros((slots, self._words), dtype=np.uint64)
-        hashes[:old] = self._hashes
-        holders[:old, : self._holders.shape[1]] = self._holders
-        self._hashes, self._holders = hashes, holders
-        self._free.extend(range(slots - 1, old - 1, -1))
-
-    def _weigh(self, mine: _Row) -> None:
-        """Keep the sum of what the rows take up to date."""
-        nbytes = sys.getsizeof(mine.held) + 4 * mine.queued + _CHUNK_BYTES * len(mine.touches)
-        self._rows_bytes += nbytes - mine.nbytes
+    def _weigh(self, row: int) -> None:
+        """Keep up to date what a row's order takes and when its next to go was touched."""
+        mine = self._rows[row]
+        nbytes = sys.getsizeof(mine.order)
+        if nbytes > _SPARSE * len(mine.order):
+            mine.order = OrderedDict(mine.order)
+            nbytes = sys.getsizeof(mine.order) if mine.order else 0
+        nbytes += _ENTRY_BYTES * len(mine.order)
+        self._order_bytes += nbytes - mine.nbytes
         mine.nbytes = nbytes
+        self._oldest[row] = mine.order[next(iter(mine.order))] if mine.order else _NEVER
 
-    # --- eviction ---
-
-    def _trim(self, row: int) -> None:
-        mine = self._rows[row]
-        if len(mine.held) > mine.effective:
-            self._evict(row, int(np.ceil(len(mine.held) - mine.effective)))
-            self._weigh(mine)
-
-    def _evict(self, row: int, count: int) -> None:
-        """Take so many blocks from a row, or all it has: oldest touch first, each from its tail."""
-        mine = self._rows[row]
-        while count > 0 and mine.touches:
-            touch = mine.touches[0]
-            claimed = self._claimed(mine, touch)
-            drop = claimed[max(0, len(claimed) - count) :]
-            count -= len(drop)
-            for slot in drop:
-                del mine.held[slot]
-            self._let_go(row, np.array(drop, dtype=np.int32))
-            if len(drop) == len(claimed):
-                self._pop(row)
-            else:
-                kept = claimed[: len(claimed) - len(drop)]
-                mine.queued += len(kept) - touch.slots.size
-                touch.slots = np.array(kept, dtype=np.int32)
-
-    def _claimed(self, mine: _Row, touch: _Touch) -> list[int]:
-        """The touch's slots, oldest block first, that no later touch has claimed."""
-        held, stamp = mine.held, touch.stamp
-        return [slot for slot in touch.slots.tolist() if held.get(slot) == stamp]
-
-    def _queue(self, row: int, touch: _Touch) -> None:
-        mine = self._rows[row]
-        if not mine.touches:
-            self._oldest[row] = touch.stamp
-        mine.touches.append(touch)
-        mine.queued += touch.slots.size
-
-    def _pop(self, row: int) -> None:
-        mine = self._rows[row]
-        mine.queued -= mine.touches.popleft().slots.size
-        self._oldest[row] = mine.touches[0].stamp if mine.touches else _NEVER
-
-    def _compact(self, row: int) -> None:
-        """Forget what later touches have claimed: a queue is never much longer than what its row holds."""
-        mine = self._rows[row]
-        touches, mine.touches, mine.queued = mine.touches, deque(), 0
-        for touch in touches:
-            claimed = self._claimed(mine, touch)
-            if claimed:
-                self._queue(row, _Touch(touch.stamp, np.array(claimed, dtype=np.int32)))
+    def _weigh_table(self, index: int) -> None:
+        table = self._tables[index]
+        nbytes = sys.getsizeof(table)
+        if nbytes > _SPARSE * len(table):
+            self._tables[index] = table = dict(table)
+            nbytes = sys.getsizeof(table) if table else 0
+        self._table_bytes += nbytes - self._weights[index]
+        self._weights[index] = nbytes
+        self._largest_table = max(self._largest_table, nbytes)
 
 
-def _leading(found: Iterable[int | None]) -> list[int]:
-    leading: list[int] = []
-    for slot in found:
-        if slot is None:
-            break
-        leading.append(slot)
-    return leading
+def _key(run: _Run) -> int:
+    """A run's place in the table: which run it goes on from, and its first block."""
+    assert run.parent is not None
+    return run.parent.number << 64 | int.from_bytes(run.hashes[:_HASH], sys.byteorder)
+
+
+def _common(hashes: bytes, block_hashes: UInt64Array) -> int:
+    """How many leading blocks are the same."""
+    ours = np.frombuffer(hashes, dtype=np.uint64)[: block_hashes.size]
+    unequal = ours != block_hashes[: ours.size]
+    return int(unequal.argmax()) if unequal.any() else int(ours.size)
+
+
+def _members(rows: int) -> Iterator[int]:
+    """The numbers of the bits that are set."""
+    while rows:
+        lowest = rows & -rows
+        yield lowest.bit_length() - 1
+        rows ^= lowest

@@ -150,7 +150,7 @@ class Codec:
             destination = ",".join((destination, *(endpoint.address for endpoint in decision.fallbacks)))
         headers: Headers = ((DESTINATION, destination), *action.set_headers)
         if action.body:
-            # Full-duplex mode drops the client's, and an engine would see a chunked body.
+            # Full-duplex mode drops the client's. Envoy drops ours too and sends the body in chunks; others do not.
             headers = (*headers, ("content-length", str(len(action.body))))
         response = ProcessingResponse.FromString(_FORWARD)
         _set_headers(response.request_headers.response.header_mutation, headers)

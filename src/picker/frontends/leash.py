@@ -1,0 +1,73 @@
+"""Ends a request's waiting when its client leaves, or when somebody it waits for takes too long.
+
+One timer and one callback a request, instead of a watching task and a timer for every wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from picker.types import FailureReason
+
+
+class Leash:
+    """Holds one task. Pulling cancels the task; the task finds out why in `reason`.
+
+    The task must call `release` before it returns: a cancel that comes later would hit whatever it does next.
+    """
+
+    __slots__ = ("_alarm_at", "_blame", "_deadline", "_loop", "_task", "_timer", "reason")
+
+    def __init__(self, task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
+        self.reason: FailureReason | None = None
+        self._task: asyncio.Task[None] | None = task
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._alarm_at = math.inf
+        self._deadline = math.inf
+        self._blame = FailureReason.TIMEOUT
+
+    def within(self, seconds: float, blame: FailureReason) -> None:
+        """What is waited for next must come within `seconds`, else the leash is pulled for `blame`.
+
+        Replaces the deadline before. math.inf: no deadline.
+        """
+        self._blame = blame
+        self._deadline = deadline = self._loop.time() + seconds
+        # A later deadline keeps the alarm that is set: it looks again when it rings. So a stream of a thousand
+        # chunks sets a handful of timers.
+        if deadline < self._alarm_at:
+            self._set_alarm(deadline)
+
+    def pull(self, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
+        """Cancel the task, once; the first reason stays."""
+        if self.reason is None and self._task is not None:
+            self.reason = reason
+            self._task.cancel()
+
+    def slacken(self) -> None:
+        """Take back the pull that the task has just caught, to go on and be held as before."""
+        assert self._task is not None
+        self._task.uncancel()
+        self.reason = None
+
+    def release(self) -> None:
+        self._task = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_alarm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._alarm_at = at
+        self._timer = self._loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._alarm_at = math.inf
+        if self._loop.time() >= self._deadline:
+            self.pull(self._blame)
+        elif self._deadline < math.inf:
+            self._set_alarm(self._deadline)

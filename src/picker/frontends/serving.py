@@ -1,0 +1,189 @@
+"""Runs uvicorn's HTTP protocol inside our own event loop: no signal handlers, no exit of its own, stopped by an event.
+
+`uvicorn.Server` is left out: it takes over signals, ends the process when it cannot bind, and polls ten times a second.
+Owns the listening socket and what the ASGI interface lacks towards a client's connection: to be told when the client
+leaves without asking, and to break a response off so that its end is seen to be missing. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from picker.errors import ConfigError
+
+EXTENSION = "picker"  # scope["extensions"][EXTENSION]["client"] is the request's `Client`
+_BACKLOG = 2048
+# Longer than the pools of common clients keep an idle connection (httpx 5 s, aiohttp 15 s, Go 90 s): the side that
+# sends requests should be the one that closes, else a request meets the closing.
+_KEEPALIVE_SECONDS = 120
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free one (`port_of` tells which).
+
+    host: a name or address; "" means every IPv4 address, "::" every address.
+    Raises `ConfigError` when the address cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        dual = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host or '*'}:{port}: {error.strerror or error}") from error
+
+
+def port_of(listener: socket.socket) -> int:
+    """The port a socket is bound to."""
+    return int(listener.getsockname()[1])
+
+
+async def serve(app: Any, listener: socket.socket, stop: asyncio.Event, *, grace: float) -> None:
+    """Serve an ASGI app on a bound socket until `stop` is set, then let running requests end within `grace` seconds.
+
+    What still runs after that is cancelled and its connection closed, as it is when this call is cancelled. The socket
+    is closed on return. HTTP/1.1 only; a WebSocket handshake arrives as the plain HTTP request that it is.
+    """
+    config, state = _config(app), ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: ClientConnection(config, state, {}, loop), sock=listener, backlog=_BACKLOG
+    )
+    try:
+        await stop.wait()
+        server.close()
+        for connection in list(state.connections):
+            connection.shutdown()
+        await _end(state.tasks, grace)
+    finally:
+        server.close()
+        listener.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+
+
+def _config(app: Any) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http=ClientConnection,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        timeout_keep_alive=_KEEPALIVE_SECONDS,
+        log_config=None,  # handlers are the application's business
+        log_level="error",  # its warnings tell of odd clients: one line for each request that somebody makes up
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+    )
+    config.load()
+    return config
+
+
+async def _end(tasks: set[asyncio.Task[None]], grace: float) -> None:
+    """Wait for tasks, cancel those that take longer than `grace`, and see them end."""
+    if not tasks:
+        return
+    _, late = await asyncio.wait(set(tasks), timeout=grace)
+    for task in late:
+        task.cancel()
+    if late:
+        await asyncio.wait(late)
+
+
+class Client:
+    """The client of one request: told of when it leaves, and can be cut off."""
+
+    __slots__ = ("_connection", "_cycle", "leave")
+
+    def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
+        self.leave: Callable[[], None] | None = None
+        self._connection = connection
+        self._cycle = cycle
+
+    def watch(self, leave: Callable[[], None]) -> None:
+        """Call `leave` when the connection is lost. Only after the request has been read to its end.
+
+        Takes the place of a task that waits in `receive()`, which costs a tenth of a small request.
+        """
+        self.leave = leave
+        self._connection.watched = self
+        # uvicorn stops reading at 64 KiB of unread body, and a socket that is not read never reports its end.
+        self._connection.flow.resume_reading()
+
+    def unwatch(self) -> None:
+        self.leave = None
+
+    def cut_off(self) -> None:
+        """End the connection in the middle of a response, so that the client sees a truncated one.
+
+        What was sent is still delivered, unless the client has stopped reading: then waiting would have no end.
+        """
+        self.lose()
+        if self._connection.flow.write_paused:
+            self._connection.transport.abort()
+        else:
+            self._connection.transport.close()
+
+    def lose(self) -> None:
+        """Have uvicorn expect nothing more of the application. It does so by itself only for the latest of several
+        requests that were sent without waiting for answers, and would take the others' end for a fault."""
+        self._cycle.disconnected = True
+
+
+class ClientConnection(HttpToolsProtocol):
+    """uvicorn's connection, which also tells a request when its client leaves.
+
+    It declines offers to change the protocol as RFC 9110 section 7.8 wants it: by serving the request as it is. The
+    parser underneath drops the body of such a request; Java's HttpClient makes the offer with every request.
+    """
+
+    watched: Client | None = None
+    _declining = False
+
+    # what the transport and the parser call
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._go_on(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        client, self.watched = self.watched, None
+        if client is not None and client.leave is not None:
+            client.lose()
+            client.leave()
+
+    def on_headers_complete(self) -> None:
+        self._declining = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
+        if not self._declining:
+            super().on_headers_complete()
+            self.scope["extensions"] = {EXTENSION: {"client": Client(self, self.cycle)}}
+
+    def on_message_complete(self) -> None:
+        if not self._declining:
+            super().on_message_complete()
+
+    def _go_on(self, rest: bytes) -> None:
+        """Parse on after a request that offered another protocol, from its head without the offer."""
+        lines = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                lines += (name, b": ", value, b"\r\n")
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"".join((*lines, b"\r\n", rest)))
