@@ -64,7 +64,7 @@ async def test_the_demo_answers_everything_and_hits_more(plane: str) -> None:
     figures = json.loads(out)
     unaware, picker = figures["routing"]["cache-unaware"], figures["routing"]["picker"]
     assert figures["failed"] == 0
-    assert figures["requests"] == unaware["requests"] + picker["requests"] > 100
+    assert figures["requests"] == unaware["requests"] + picker["requests"] > 40
     assert figures["data_plane"].startswith(plane if plane == "envoy" else "picker")
     assert picker["hit_ratio"] > unaware["hit_ratio"]
     assert len(unaware["by_endpoint"]) == 4

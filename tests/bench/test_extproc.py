@@ -1,0 +1,38 @@
+"""`picker bench extproc` with numbers too small to mean anything: that it runs, and what it prints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from picker.bench.extproc import COLUMNS
+from picker.envoy import find_envoy
+from picker.errors import ConfigError
+
+try:
+    find_envoy()
+    missing = ""
+except ConfigError as error:
+    missing = str(error)
+
+CONTRACT = {
+    *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
+    *("added_p50_ms", "added_p99_ms"),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(bool(missing), reason=missing)
+def test_every_row_has_the_keys_of_the_contract() -> None:
+    command = [sys.executable, "-m", "picker", "bench", "extproc", "--prompt-bytes", "512", "--chunks", "3", "--json"]
+    done = subprocess.run([*command, "--seconds", "0.05", "--repeats", "1"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    result = json.loads(done.stdout)
+    assert result["bench"] == "extproc"
+    assert {"cpu", "cores", "commit"} <= result["machine"].keys()
+    (row,) = result["rows"]
+    assert row.keys() >= CONTRACT | set(COLUMNS)
+    assert (row["mode"], row["prompt_bytes"], row["chunks"]) == ("full", 512, 3)
+    assert row["picker_cpu_us_per_request"] > 0
+    assert row["envoy_cpu_us_per_request"] > 0
