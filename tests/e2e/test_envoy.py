@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
+from dead_port import dead_port
 from echo_upstream import EchoUpstream
 from picker.envoy import (
     GATEWAY,
@@ -158,8 +159,7 @@ async def stack(
         service = ExtProc(runtime, fallbacks=topology is Topology.OVERRIDE_HOST)
         port, task = await serve(opened, service)
         a, b = [await opened.enter_async_context(EchoUpstream(name).running()) for name in "ab"]
-        async with EchoUpstream("dead").running() as gone:
-            dead = gone.address
+        dead = opened.enter_context(dead_port())
         config = bootstrap(
             [a.address, b.address, *([dead] if dead_member else [])],
             f"127.0.0.1:{port}",
@@ -461,8 +461,9 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux's")
-async def test_envoy_dies_with_a_parent_that_is_killed() -> None:
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=subprocess.PIPE)
+async def test_envoy_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed parent leaves its files behind
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, stdout=subprocess.PIPE, env=environment)
     assert parent.stdout is not None
     pid = int(await parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)

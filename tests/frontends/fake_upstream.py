@@ -19,7 +19,7 @@ from picker.frontends.serving import listen, port_of
 from picker.prefix.blocks import BlockHasher
 from picker.runtime import Runtime
 from picker.telemetry import Telemetry
-from picker.types import Decision, Endpoint, Fact, Rejection, RejectReason, Request
+from picker.types import Decision, Endpoint, Fact, Queued, Rejection, RejectReason, Request
 
 F = TypeVar("F")
 Script = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
@@ -95,12 +95,13 @@ class FirstChoice:
         self.endpoints = endpoints
         self.requests: list[Request] = []
         self.facts: list[Fact] = []
-        self.broken = False
+        self.busy = False  # queue instead of picking
         self._told = asyncio.Event()
 
-    def submit(self, request: Request, now: float) -> Decision | Rejection:
+    def submit(self, request: Request, now: float) -> Decision | Rejection | Queued:
         self.requests.append(request)
-        return self.fallback(request)
+        self._told.set()
+        return Queued(request.id) if self.busy else self.fallback(request)
 
     def fallback(self, request: Request) -> Decision | Rejection:
         for endpoint in self.endpoints:
@@ -117,6 +118,13 @@ class FirstChoice:
 
     def next_wakeup(self) -> float | None:
         return None
+
+    async def asked(self) -> Request:
+        """The first request, as soon as there is one."""
+        while not self.requests:
+            self._told.clear()
+            await self._told.wait()
+        return self.requests[0]
 
     async def told(self, kind: type[F]) -> F:
         """The first fact of a kind, as soon as there is one."""

@@ -507,7 +507,7 @@ async def test_a_bug_within_the_response_ends_the_stream_and_the_request_once() 
 async def test_readiness_can_be_turned_off_while_liveness_holds(name: str) -> None:
     async with rig() as this:
         assert await this.gateway.health(name) == "SERVING"
-        await this.service.set_serving(False)
+        this.service.set_serving(False)
         assert await this.gateway.health(name) == "NOT_SERVING"
         assert await this.gateway.health("liveness") == "SERVING"
 

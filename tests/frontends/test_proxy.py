@@ -477,6 +477,37 @@ async def test_a_client_that_stops_reading_is_given_up_and_holds_the_endpoint_ba
         assert sent < 64 << 20, "what the client does not take stays in the sockets' buffers"
 
 
+async def test_a_client_that_leaves_the_queue_is_taken_out_of_it() -> None:
+    async with upstream() as endpoint, served_proxy(endpoint.address) as proxy:
+        proxy.scheduler.busy = True
+        _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 14\r\n\r\n{"prompt":"a"}')
+        await proxy.scheduler.asked()
+        writer.close()
+        assert (await proxy.scheduler.told(Failed)).reason is FailureReason.CLIENT_GONE
+        assert endpoint.seen == []
+
+
+async def test_clients_that_send_ahead_and_leave_are_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+
+    async def stream(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = await start_stream(request)
+        gate.reached.set()
+        while True:
+            await response.write(EVENT)
+            await asyncio.sleep(0)
+
+    async with upstream(stream) as endpoint, served_proxy(endpoint.address) as proxy:
+        _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: h\r\n\r\n" * 3)
+        await gate.reached.wait()
+        writer.transport.abort()
+        assert (await proxy.scheduler.told(Failed)).reason is FailureReason.CLIENT_GONE
+        assert len(proxy.scheduler.requests) == 1
+    assert [record for record in caplog.records if record.name.startswith(("picker", "uvicorn"))] == []
+
+
 async def test_a_client_that_leaves_inside_its_body_is_no_request(client: httpx.AsyncClient) -> None:
     async with upstream() as endpoint, served_proxy(endpoint.address) as proxy:
         _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
@@ -579,6 +610,14 @@ async def test_an_offer_of_another_protocol_is_declined_by_serving_the_request()
         assert [seen.body for seen in endpoint.seen] == [body, body, b""]
         names = {name.lower() for name, _ in endpoint.seen[0].headers}
         assert not names & {"upgrade", "connection", "http2-settings"}
+
+
+async def test_a_target_that_is_no_path_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    async with upstream() as endpoint, served_proxy(endpoint.address) as proxy:
+        received = await raw_exchange(proxy.port, b"OPTIONS * HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
+        assert received.startswith(b"HTTP/1.1 400 ")
+        assert endpoint.seen == []
+    assert caplog.messages == []
 
 
 async def test_bytes_that_are_not_http_get_400_and_the_end_of_the_connection(caplog: pytest.LogCaptureFixture) -> None:

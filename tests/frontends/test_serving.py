@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from picker.errors import ConfigError
-from picker.frontends.serving import listen, port_of, serve
+from picker.frontends.serving import EXTENSION, Client, listen, port_of, serve
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
@@ -65,6 +67,87 @@ async def test_cancelling_it_frees_the_port_and_its_connections() -> None:
         assert await reader.read() == b""
         writer.close()
     listen("127.0.0.1", port).close()
+
+
+async def test_who_watches_a_client_that_has_left_already_is_told_at_once() -> None:
+    told = asyncio.Event()
+
+    async def late(scope: Any, receive: Any, send: Any) -> None:
+        client: Client = scope["extensions"][EXTENSION]["client"]
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+        client.watch(told.set)
+
+    async with served(late) as (_, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        writer.close()
+        await told.wait()
+
+
+@asynccontextmanager
+async def served(app: Any = hello) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a server that runs the app."""
+    listener, stop = listen("127.0.0.1", 0), asyncio.Event()
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(serve(app, listener, stop, grace=1.0))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        yield reader, writer
+        writer.close()
+        stop.set()
+
+
+async def test_a_head_without_end_is_refused() -> None:
+    async with served() as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n")
+        assert (await first_line(reader, writer, b"x-filler: " + b"x" * 1000 + b"\r\n")).startswith(b"HTTP/1.1 431 ")
+
+
+async def first_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, more: bytes) -> bytes:
+    """What is answered while `more` is sent again and again."""
+    line = b""
+    while not line:
+        writer.write(more)
+        try:
+            async with asyncio.timeout(0):
+                line = await reader.readline()
+        except TimeoutError:
+            await asyncio.sleep(0)
+    return line
+
+
+async def test_large_heads_one_after_another_are_fine() -> None:
+    head = b"GET / HTTP/1.1\r\nhost: h\r\nx-filler: " + b"x" * 20_000
+    async with served() as (reader, writer):
+        for _ in range(6):
+            writer.write(head)
+            for _ in range(5):
+                await asyncio.sleep(0)  # the server, on the same loop, reads what is there
+            writer.write(b"\r\n\r\n")
+            assert (await reader.readuntil(b"hi")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: h\r\nx"])
+async def test_a_connection_that_never_brings_a_request_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("picker.frontends.serving._KEEPALIVE_SECONDS", 0.01)
+    async with served() as (reader, writer):
+        writer.write(sent)
+        assert await reader.read() == b""
+
+
+async def test_a_request_that_takes_longer_than_an_idle_connection_lives_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("picker.frontends.serving._KEEPALIVE_SECONDS", 0.05)
+    gate = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        asyncio.get_running_loop().call_later(0.1, gate.set)
+        await gate.wait()
+        await hello(scope, receive, send)
+
+    async with served(slow) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert (await reader.readuntil(b"hi")).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_idle_connections_are_closed_while_running_requests_get_their_grace() -> None:

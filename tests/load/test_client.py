@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
+from dead_port import dead_port
 from load.fake_openai import DONE, FakeAnswer, FakeServer, Json, Script, answer_well, chunk, fake_server, usage
 from picker.errors import ConfigError
 from picker.load.client import Api, Client, Record, Target, UnreachableError
@@ -106,15 +106,10 @@ async def test_a_server_that_hangs_is_a_time_out() -> None:
 
 
 async def test_a_port_that_nobody_listens_on_is_a_failed_connect() -> None:
-    async with Client(Target(unused_url(), model="m")) as client:
-        record, stream = await client.ask(b"{}", intended_at=0.0)
+    with dead_port() as address:
+        async with Client(Target(f"http://{address}", model="m")) as client:
+            record, stream = await client.ask(b"{}", intended_at=0.0)
     assert (record.error, record.endpoint, stream) == ("connect", "unknown", None)
-
-
-def unused_url() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def test_a_request_asks_for_a_stream_with_usage_and_a_fixed_length() -> None:
@@ -155,9 +150,11 @@ async def test_the_first_model_is_taken_unless_one_is_named() -> None:
 
 
 async def test_a_server_that_is_not_there_or_serves_nothing_is_named() -> None:
-    async with Client(Target(url := unused_url())) as client:
-        with pytest.raises(UnreachableError, match=f"{url} does not answer"):
-            await client.find_model()
+    with dead_port() as address:
+        url = f"http://{address}"
+        async with Client(Target(url)) as client:
+            with pytest.raises(UnreachableError, match=f"{url} does not answer"):
+                await client.find_model()
     async with fake_server(models=[]) as server, Client(Target(server.url)) as client:
         with pytest.raises(UnreachableError, match="--model"):
             await client.find_model()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from pathlib import Path
 from typing import Any
 
 import click
-import grpc
 
 from picker.app import App, Serve, stopping_on_signals
 from picker.commands.options import routing_config, routing_options, run
@@ -65,7 +65,7 @@ async def serve(config: Config) -> None:
                 config.epp.host,
                 config.epp.grpc_port,
                 health_port=config.epp.grpc_health_port,
-                credentials=_credentials(config.epp.cert_path),
+                tls=_tls(config.epp.cert_path),
                 grace=config.drain_timeout_s,
                 ready=lambda port, health: click.echo(
                     f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True
@@ -87,12 +87,14 @@ async def _shut_down_on(stop: asyncio.Event, epp: ExtProc) -> None:
     epp.shutdown()
 
 
-def _credentials(folder: str | None) -> grpc.ServerCredentials | None:
+def _tls(folder: str | None) -> ssl.SSLContext | None:
     """TLS from tls.crt and tls.key, the names of a Kubernetes TLS secret."""
     if folder is None:
         return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["h2"])
     try:
-        certificate, key = ((Path(folder) / name).read_bytes() for name in ("tls.crt", "tls.key"))
+        context.load_cert_chain(Path(folder) / "tls.crt", Path(folder) / "tls.key")
     except OSError as error:
-        raise ConfigError(f"--cert-path: cannot read {error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials([(key, certificate)])
+        raise ConfigError(f"--cert-path: cannot read tls.crt and tls.key in {folder}: {error.strerror}") from None
+    return context

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
-from typing import TypeAlias
 
-import grpc
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2
 
-from picker.errors import ConfigError, WireError
+from picker.errors import WireError
 from picker.exchange import (
     Action,
     Event,
@@ -29,15 +28,14 @@ from picker.exchange import (
     ResponseBody,
     ResponseHead,
 )
+from picker.frontends.grpc_server import Call, Code, GrpcServer
+from picker.frontends.serving import listen, port_of
 from picker.runtime import Runtime
 from picker.types import FailureReason
 from picker.wire import openai
-from picker.wire.extproc import SERVICE, Codec, ProcessingRequest, ProcessingResponse
+from picker.wire.extproc import SERVICE, Codec, ProcessingRequest
 
 log = logging.getLogger("picker.extproc")
-
-Context: TypeAlias = "grpc.aio.ServicerContext[ProcessingRequest, ProcessingResponse]"
-Status = tuple[grpc.StatusCode, str]
 
 LIVENESS = "liveness"
 # The names that gateways and Kubernetes probes of llm-d's endpoint picker ask for.
@@ -45,55 +43,44 @@ READINESS = ("", "readiness", SERVICE)
 
 _BEFORE_UPSTREAM = frozenset({Phase.HEAD, Phase.BODY, Phase.DECIDING})
 
-_OPTIONS = (
-    # Two processes on one port would share its traffic in silence, each with half the knowledge.
-    ("grpc.so_reuseport", 0),
-    # Envoy's keepalive pings would otherwise be answered with "too many pings" and a closed connection.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 0),
-    ("grpc.http2.max_ping_strikes", 0),
-)
-
 
 class _Stream:
-    """One gRPC stream.
+    """One call of Envoy's.
 
-    heard_at: of the latest message. queued: its request waits for a decision. ahead: the read begun meanwhile.
-    overtaken: that read found that the decision is not wanted any more. idle: given up by us.
+    heard_at: of the latest message. queued: its request waits for a decision. overtaken: the decision is not wanted
+    any more. idle: given up by us.
     """
 
-    __slots__ = ("ahead", "codec", "context", "exchange", "heard_at", "idle", "overtaken", "queued", "task")
+    __slots__ = ("call", "codec", "exchange", "heard_at", "idle", "overtaken", "queued")
 
-    def __init__(self, context: Context, exchange: Exchange, codec: Codec, now: float) -> None:
-        self.context = context
+    def __init__(self, call: Call, exchange: Exchange, codec: Codec, now: float) -> None:
+        self.call = call
         self.exchange = exchange
         self.codec = codec
         self.heard_at = now
         self.idle = False
         self.queued = False
         self.overtaken = False
-        self.ahead: asyncio.Task[object] | None = None
-        self.task = asyncio.current_task()
-
-    async def read(self) -> object:
-        """The next message, or `grpc.aio.EOF`."""
-        if self.ahead is None:
-            return await self.context.read()
-        ahead, self.ahead = self.ahead, None
-        return await ahead
 
     async def send(self, action: Action) -> None:
         for reply in self.codec.encode(action):
-            await self.context.write(reply)
+            await self.call.write(reply.SerializeToString())
 
-    def cancel(self) -> None:
-        assert self.task is not None
-        self.task.cancel()
+    def look(self) -> None:
+        """Has the data plane hung up, or answered by itself, while the request is queued?"""
+        message = self.call.peek()
+        if self.queued and (self.call.over or _is_response(message)):
+            self.overtaken = True
+            self.call.cancel()
 
     def uncancel(self) -> int:
         """Take one `cancel` back; returns how many are left."""
-        assert self.task is not None
-        return self.task.uncancel()
+        assert self.call.task is not None
+        return self.call.task.uncancel()
+
+
+def _is_response(message: bytes | None) -> bool:
+    return message is not None and bool(ProcessingRequest.FromString(message).HasField("response_headers"))
 
 
 class ExtProc:
@@ -115,16 +102,11 @@ class ExtProc:
         self._runtime = runtime
         self._fallbacks = fallbacks
         self._stream_timeout = stream_timeout
-        self._options = [
-            *_OPTIONS,
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-        ]
+        self._max_message_bytes = max_message_bytes
         self._streams: set[_Stream] = set()
-        self._health = health.aio.HealthServicer()
+        self._serving = False
         self._stop = asyncio.Event()
         self._stopping = False
-        self._tasks = asyncio.TaskGroup()
 
     @property
     def open_streams(self) -> int:
@@ -136,7 +118,7 @@ class ExtProc:
         port: int,
         *,
         health_port: int | None = None,
-        credentials: grpc.ServerCredentials | None = None,
+        tls: ssl.SSLContext | None = None,
         drain: float = 0.0,
         grace: float = 30.0,
         ready: Callable[[int, int | None], None] = lambda port, health_port: None,
@@ -147,83 +129,80 @@ class ExtProc:
         health service alone, to the very end. drain: seconds for which streams are still taken after readiness is
         off, so that gateways notice. grace: seconds that open streams then have to end.
         """
-        server = self._server(process=True)
-        probes = None if health_port is None else self._server(process=False)
-        bound = _bind(server, host, port, credentials)
-        bound_health = None if probes is None else _bind(probes, host, health_port or 0, None)
-        async with self._tasks as tasks:
+        check = {"/grpc.health.v1.Health/Check": self._check}
+        process = {f"/{SERVICE}/Process": self._process}
+        listener = listen(host, port)
+        probes_listener = None if health_port is None else listen(host, health_port)
+        async with asyncio.TaskGroup() as tasks:
+            server = GrpcServer(check | process, tasks, max_message_bytes=self._max_message_bytes)
+            probes = GrpcServer(check, tasks)
             sweeper = tasks.create_task(self._sweep_forever())
             try:
-                for each in filter(None, (probes, server)):
-                    await each.start()
-                await self.set_serving(True)
-                ready(bound, bound_health)
+                if probes_listener is not None:
+                    await probes.serve(probes_listener)
+                await server.serve(listener, tls=tls)
+                self.set_serving(True)
+                ready(port_of(listener), None if probes_listener is None else port_of(probes_listener))
                 await self._stop.wait()
-                await self.set_serving(False)
+                self.set_serving(False)
                 await asyncio.sleep(drain)
                 self._stopping = True
                 await server.stop(grace)
             finally:
                 self._stopping = True
-                for each in filter(None, (server, probes)):
-                    await each.stop(None)
+                await server.stop(None)
+                await probes.stop(None)
                 sweeper.cancel()
 
     def shutdown(self) -> None:
         """Let `serve` drain and return."""
         self._stop.set()
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Turn readiness on or off; liveness holds as long as the loop turns."""
-        status = health_pb2.HealthCheckResponse
-        await self._health.set(LIVENESS, status.SERVING)
-        for name in READINESS:
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._serving = serving
 
-    def _server(self, *, process: bool) -> grpc.aio.Server:
-        server = grpc.aio.server(options=self._options)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if process:
-            handler = grpc.stream_stream_rpc_method_handler(
-                self._process, ProcessingRequest.FromString, ProcessingResponse.SerializeToString
-            )
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Process": handler}),))
-        return server
+    async def _check(self, call: Call) -> None:
+        asked = health_pb2.HealthCheckRequest.FromString(await call.read() or b"").service
+        if asked != LIVENESS and asked not in READINESS:
+            call.end(Code.NOT_FOUND, "unknown service")
+            return
+        status = health_pb2.HealthCheckResponse
+        serving = asked == LIVENESS or self._serving
+        answer = status(status=status.SERVING if serving else status.NOT_SERVING)
+        await call.write(answer.SerializeToString())
 
     # one stream
 
-    async def _process(self, _messages: object, context: Context) -> None:
-        stream = _Stream(context, self._runtime.open(), Codec(fallbacks=self._fallbacks), self._runtime.clock())
+    async def _process(self, call: Call) -> None:
+        stream = _Stream(call, self._runtime.open(), Codec(fallbacks=self._fallbacks), self._runtime.clock())
         self._streams.add(stream)
-        failure: Status | None = None
         try:
             await self._converse(stream)
         except WireError as error:
             self._runtime.telemetry.internal_error("extproc-protocol")
             log.warning("the data plane broke the ext-proc protocol: %s", error.message)
-            failure = (grpc.StatusCode.INVALID_ARGUMENT, error.message)
+            call.end(Code.INVALID_ARGUMENT, error.message)
         except asyncio.CancelledError:
             if not stream.idle:
                 raise
-            failure = (grpc.StatusCode.DEADLINE_EXCEEDED, f"no message for {self._stream_timeout:g} s")
+            call.end(Code.DEADLINE_EXCEEDED, f"no message for {self._stream_timeout:g} s")
         except Exception:
             # Supervision: a bug of ours ends one request, and says so.
             self._runtime.telemetry.internal_error("extproc")
             log.exception("request %d failed in the ext-proc front end", stream.exchange.id)
-            failure = await self._apologise(stream)
+            await self._apologise(stream)
         finally:
             self._streams.discard(stream)
             self._runtime.close(stream.exchange, self._reason(stream))
-        if failure is not None:
-            await context.abort(*failure)
 
     async def _converse(self, stream: _Stream) -> None:
         """Answer every message until the exchange is over or the data plane has no more to say."""
         exchange = stream.exchange
         # Ending the stream ourselves after the last byte spares a read, and Envoy a reset.
-        while exchange.phase is not Phase.DONE and (message := await stream.read()) is not grpc.aio.EOF:
+        while exchange.phase is not Phase.DONE and (message := await stream.call.read()) is not None:
             stream.heard_at = self._runtime.clock()
-            event = stream.codec.decode(message)
+            event = stream.codec.decode(_parsed(message))
             if isinstance(event, ResponseHead) and exchange.phase in _BEFORE_UPSTREAM:
                 return await self._pass_on(stream, event)
             for action in await self._receive(stream, event):
@@ -234,8 +213,8 @@ class ExtProc:
         """Hand back the data plane's own answer (its timeout, its limit) to a request that is not decided yet."""
         await stream.send(PassHead((), head.end))
         ended = head.end
-        while not ended and (message := await stream.read()) is not grpc.aio.EOF:
-            event = stream.codec.decode(message)
+        while not ended and (message := await stream.call.read()) is not None:
+            event = stream.codec.decode(_parsed(message))
             if isinstance(event, ResponseBody):
                 await stream.send(PassBody(event.data, event.end))
                 ended = event.end
@@ -245,8 +224,8 @@ class ExtProc:
         if not (isinstance(event, RequestHead | RequestBody) and event.end):
             return await self._runtime.receive(stream.exchange, event)
         # Runs only if the request has to wait: a decision made at once gives the loop no turn.
-        listening = asyncio.get_running_loop().call_soon(self._listen, stream)
-        stream.queued = True
+        looking = asyncio.get_running_loop().call_soon(stream.look)
+        stream.call.on_arrival, stream.queued = stream.look, True
         try:
             return await self._runtime.receive(stream.exchange, event)
         except asyncio.CancelledError:
@@ -254,34 +233,16 @@ class ExtProc:
                 raise
             return []
         finally:
-            stream.queued = False
-            listening.cancel()
+            stream.call.on_arrival, stream.queued = None, False
+            looking.cancel()
 
-    def _listen(self, stream: _Stream) -> None:
-        stream.ahead = self._tasks.create_task(self._read_ahead(stream))
-
-    async def _read_ahead(self, stream: _Stream) -> object:
-        try:
-            message = await stream.context.read()
-        except grpc.aio.UsageError:  # the stream ended meanwhile
-            return grpc.aio.EOF
-        if stream.queued and (message is grpc.aio.EOF or message.HasField("response_headers")):
-            stream.overtaken = True
-            stream.cancel()
-        return message
-
-    async def _apologise(self, stream: _Stream) -> Status | None:
-        """Answer 500 while that is possible; else the status to end the stream with."""
-        failure = (grpc.StatusCode.INTERNAL, "picker failed; its log says why")
+    async def _apologise(self, stream: _Stream) -> None:
+        """Answer 500 while that is possible, else end the call with a status of failure."""
         if stream.exchange.phase in (Phase.RESPONSE, Phase.DONE):
-            return failure
+            stream.call.end(Code.INTERNAL, "picker failed; its log says why")
+            return
         body = openai.error_body(500, "The gateway failed to handle this request.")
-        sorry = Respond(500, (("content-type", "application/json"),), body)
-        try:
-            await stream.send(sorry)
-        except grpc.RpcError:
-            return failure
-        return None
+        await stream.send(Respond(500, (("content-type", "application/json"),), body))
 
     def _reason(self, stream: _Stream) -> FailureReason:
         """Why an exchange that is still open ends with its stream."""
@@ -302,14 +263,11 @@ class ExtProc:
         for stream in self._streams:
             if now - stream.heard_at > self._stream_timeout and not stream.idle:
                 stream.idle = True
-                stream.cancel()
+                stream.call.cancel()
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _parsed(message: bytes) -> ProcessingRequest:
     try:
-        if credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError as error:
-        raise ConfigError(f"The ext-proc service cannot listen on {address}: {error}") from None
+        return ProcessingRequest.FromString(message)
+    except DecodeError:
+        raise WireError("The data plane sent bytes that are no ext-proc message.") from None

@@ -15,7 +15,7 @@ import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
-from typing import Any, TypeVar
+from typing import Any
 
 from picker.exchange import (
     Action,
@@ -41,8 +41,6 @@ from picker.types import FailureReason
 from picker.wire import openai
 
 log = logging.getLogger("picker.frontends.proxy")
-
-_T = TypeVar("_T")
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -157,7 +155,6 @@ class _Passage:
             self.client.cut_off()
         finally:
             self.leash.release()
-            self.client.unwatch()
             if self.reply is not None:
                 self.reply.close()
             self.runtime.close(self.exchange, reason)
@@ -198,6 +195,8 @@ class _Passage:
             return _error(401, "This gateway wants its API key as a bearer token.", (("www-authenticate", "Bearer"),))
         if "sec-websocket-key" in self.headers:
             return _error(501, "This gateway does not carry WebSocket connections.")
+        if not self.scope["raw_path"].startswith(b"/"):
+            return _error(400, "The request target must be a path; `*` means no endpoint in particular.")
         return None
 
     async def _admit(self) -> Action:
@@ -234,28 +233,34 @@ class _Passage:
             scope["headers"], forward.set_headers, client=peer and peer[0], scheme=scope["scheme"]
         )
         body = None if forward.bodyless else forward.body
-        sent = self.upstream.send(forward.decision.endpoint, scope["method"], target.decode("latin-1"), headers, body)
-        return await self._within(self.proxy.first_byte_timeout, sent)
-
-    async def _within(self, seconds: float, answer: Awaitable[_T | FailureReason]) -> _T | FailureReason:
-        """What an endpoint answers within `seconds`, else `TIMEOUT`."""
-        self.leash.within(seconds, FailureReason.TIMEOUT)
+        self.leash.within(self.proxy.first_byte_timeout, FailureReason.TIMEOUT)
         try:
-            return await answer
+            return await self.upstream.send(
+                forward.decision.endpoint, scope["method"], target.decode("latin-1"), headers, body
+            )
         except asyncio.CancelledError:
-            if self.leash.reason is not FailureReason.TIMEOUT:
-                raise
-            self.leash.slacken()
-            return FailureReason.TIMEOUT
+            return self._overdue()
+
+    def _overdue(self) -> FailureReason:
+        """In the handler of a cancelled wait for an endpoint: `TIMEOUT` when that is why, else raises it again."""
+        if self.leash.reason is not FailureReason.TIMEOUT:
+            raise
+        self.leash.slacken()
+        return FailureReason.TIMEOUT
 
     # the response
 
     async def _hand_on(self, reply: Reply) -> None:
-        ended = reply.ended
+        idle, ended = self.proxy.idle_timeout, reply.ended
+        self.leash.within(idle, FailureReason.CLIENT_GONE)
         for action in await self.runtime.receive(self.exchange, ResponseHead(reply.status, reply.headers, ended)):
             await self._do(action)
         while not ended:
-            data = await self._within(self.proxy.idle_timeout, reply.read())
+            self.leash.within(idle, FailureReason.TIMEOUT)
+            try:
+                data = await reply.read()
+            except asyncio.CancelledError:
+                data = self._overdue()
             event: ResponseBody | UpstreamFailed
             if isinstance(data, bytes):
                 ended = reply.ended
@@ -263,7 +268,7 @@ class _Passage:
             else:
                 ended = True
                 event = UpstreamFailed(data)
-            self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
+            self.leash.within(idle, FailureReason.CLIENT_GONE)
             for action in await self.runtime.receive(self.exchange, event):
                 await self._do(action)
 
@@ -294,6 +299,7 @@ class _Passage:
         headers = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in fields]
         if self.unread:
             headers.append((b"connection", b"close"))
+        self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
         await self._start(answer.status, headers)
         await self.send({"type": "http.response.body", "body": answer.body, "more_body": True})
         await self._linger()

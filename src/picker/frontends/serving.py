@@ -22,8 +22,9 @@ from picker.errors import ConfigError
 EXTENSION = "picker"  # scope["extensions"][EXTENSION]["client"] is the request's `Client`
 _BACKLOG = 2048
 # Longer than the pools of common clients keep an idle connection (httpx 5 s, aiohttp 15 s, Go 90 s): the side that
-# sends requests should be the one that closes, else a request meets the closing.
+# sends requests should be the one that closes, else a request meets the closing. A request head may take as long.
 _KEEPALIVE_SECONDS = 120
+_MAX_HEAD_BYTES = 64 * 1024  # as h11 has it; uvicorn bounds heads only there
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -104,41 +105,36 @@ async def _end(tasks: set[asyncio.Task[None]], grace: float) -> None:
 class Client:
     """The client of one request: told of when it leaves, and can be cut off."""
 
-    __slots__ = ("_connection", "_cycle", "leave")
+    __slots__ = ("_connection", "_cycle")
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
-        self.leave: Callable[[], None] | None = None
         self._connection = connection
         self._cycle = cycle
 
     def watch(self, leave: Callable[[], None]) -> None:
-        """Call `leave` when the connection is lost. Only after the request has been read to its end.
+        """Call `leave` when the connection is lost, also after the response, or at once when it has been lost already.
 
-        Takes the place of a task that waits in `receive()`, which costs a tenth of a small request.
+        To be called when the request has been read to its end; before, `receive()` tells. A task that waits in
+        `receive()` would do the same, at the price of a task for every request.
         """
-        self.leave = leave
-        self._connection.watched = self
+        if self._connection.lost:
+            return leave()
+        self._connection.leave = leave
         # uvicorn stops reading at 64 KiB of unread body, and a socket that is not read never reports its end.
-        self._connection.flow.resume_reading()
-
-    def unwatch(self) -> None:
-        self.leave = None
+        return self._connection.flow.resume_reading()
 
     def cut_off(self) -> None:
         """End the connection in the middle of a response, so that the client sees a truncated one.
 
         What was sent is still delivered, unless the client has stopped reading: then waiting would have no end.
         """
-        self.lose()
+        # Has uvicorn expect nothing more of the application. By itself it does so only for the latest of several
+        # requests that were sent without waiting for answers, and would log the others' end as a fault.
+        self._cycle.disconnected = True
         if self._connection.flow.write_paused:
             self._connection.transport.abort()
         else:
             self._connection.transport.close()
-
-    def lose(self) -> None:
-        """Have uvicorn expect nothing more of the application. It does so by itself only for the latest of several
-        requests that were sent without waiting for answers, and would take the others' end for a fault."""
-        self._cycle.disconnected = True
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -148,28 +144,53 @@ class ClientConnection(HttpToolsProtocol):
     parser underneath drops the body of such a request; Java's HttpClient makes the offer with every request.
     """
 
-    watched: Client | None = None
+    leave: Callable[[], None] | None = None
+    lost = False
     _declining = False
+    _in_head = True
+    _head_bytes = 0
 
     # what the transport and the parser call
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # From the start, not only after a response: else a client that never finishes a head is never closed.
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             self._go_on(data[offer.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            return self._refuse(b"400 Bad Request", b"This is not an HTTP/1.1 request.")
+        if not self._in_head:
+            self._head_bytes = 0
+            return self._unset_keepalive_if_required()
+        self._head_bytes += len(data)
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large", b"The request head is too large.")
+        return None
+
+    def _refuse(self, status: bytes, message: bytes) -> None:
+        head = b"HTTP/1.1 %b\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(message)) + message)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        client, self.watched = self.watched, None
-        if client is not None and client.leave is not None:
-            client.lose()
-            client.leave()
+        self.lost = True
+        self._unset_keepalive_if_required()
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            leave()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._declining = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
         if not self._declining:
             super().on_headers_complete()

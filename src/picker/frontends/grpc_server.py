@@ -1,0 +1,302 @@
+"""A gRPC server on the event loop itself: sockets and tasks around `wire.http2`.
+
+Serves calls of any shape by path; a handler reads and writes serialised messages. In place of `grpc.aio`, whose threads
+hand every message over to the loop and back: that costs several times the work of a request (docs/decisions).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import cast
+
+from picker.wire.http2 import Connection, Drained, HalfClosed, Http2Error, Message, Opened, Reset
+
+log = logging.getLogger("picker.grpc")
+
+# Seconds that a peer has to close its side of a connection that we have closed.
+_LINGER = 1.0
+
+Handler = Callable[["Call"], Awaitable[None]]
+
+
+class Code(enum.IntEnum):
+    """gRPC's status codes, as far as a server of ours ends calls with them."""
+
+    OK = 0
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+
+
+class Call:
+    """One call, for its handler. on_arrival: called when a message or the end of messages has come, if set."""
+
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_half_closed",
+        "_messages",
+        "_waiter",
+        "_writable",
+        "id",
+        "on_arrival",
+        "path",
+        "task",
+    )
+
+    def __init__(self, connection: _Protocol, stream_id: int, path: str) -> None:
+        self.id = stream_id
+        self.path = path
+        self.on_arrival: Callable[[], None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._messages: deque[bytes] = deque()
+        self._half_closed = False
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+
+    def peek(self) -> bytes | None:
+        """The next message without taking it; None when none has come."""
+        return self._messages[0] if self._messages else None
+
+    @property
+    def over(self) -> bool:
+        """The peer sends no more, and everything it sent has been read."""
+        return self._half_closed and not self._messages
+
+    async def read(self) -> bytes | None:
+        """The next message, None after the last."""
+        while not self._messages:
+            if self._half_closed:
+                return None
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        message = self._messages.popleft()
+        self._connection.consumed(self.id, message)
+        return message
+
+    async def write(self, message: bytes) -> None:
+        """Send a message; waits while the peer or the socket takes no more."""
+        if not self._connection.send(self.id, message):
+            self._writable = self._connection.loop.create_future()
+            await self._writable
+        if self._connection.paused is not None:
+            await self._connection.paused
+
+    def end(self, code: Code = Code.OK, message: str = "") -> None:
+        """End the call with a status; what follows is dropped."""
+        self._ended = True
+        self._connection.end(self.id, code, message)
+
+    # for the connection
+
+    def arrived(self, message: bytes | None) -> None:
+        if message is None:
+            self._half_closed = True
+        else:
+            self._messages.append(message)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self.on_arrival is not None:
+            self.on_arrival()
+
+    def drained(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def close(self) -> None:
+        """The handler is done: a call without a status is given up."""
+        self._connection.forget(self.id, give_up=not self._ended)
+
+
+class _Protocol(asyncio.Protocol):
+    """One connection. Output of one turn of the loop is written at once, however many calls it belongs to."""
+
+    def __init__(self, server: GrpcServer) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.calls: dict[int, Call] = {}
+        self.paused: asyncio.Future[None] | None = None
+        self._server = server
+        self._http2 = Connection(max_message_bytes=server.max_message_bytes)
+        self.closed: asyncio.Future[None] = self.loop.create_future()
+        self._transport: asyncio.Transport | None = None
+        self._flushing = False
+        self._deaf = False
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but ancestry
+        self._server.connections.add(self)
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._server.connections.discard(self)
+        self.closed.set_result(None)
+        self.resume_writing()
+        for call in list(self.calls.values()):
+            call.cancel()
+
+    def pause_writing(self) -> None:
+        self.paused = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self.paused is not None:
+            self.paused.set_result(None)
+            self.paused = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        try:
+            events = self._http2.receive(data)
+        except Http2Error as error:
+            log.warning("a peer broke the HTTP/2 protocol: %s", error)
+            self.close()
+            return
+        for event in events:
+            match event:
+                case Message(stream_id, message):
+                    if stream_id in self.calls:
+                        self.calls[stream_id].arrived(message)
+                case Opened(stream_id, path):
+                    call = self.calls[stream_id] = Call(self, stream_id, path)
+                    call.task = self._server.start(call)
+                case HalfClosed(stream_id):
+                    if stream_id in self.calls:
+                        self.calls[stream_id].arrived(None)
+                case Reset(stream_id):
+                    if stream_id in self.calls:
+                        self.calls[stream_id].cancel()
+                case Drained(stream_id):
+                    if stream_id in self.calls:
+                        self.calls[stream_id].drained()
+        self._flush_soon()
+
+    # the calls' side
+
+    def send(self, stream_id: int, message: bytes) -> bool:
+        self._flush_soon()
+        return self._http2.send(stream_id, message)
+
+    def consumed(self, stream_id: int, message: bytes) -> None:
+        self._http2.consumed(stream_id, message)
+
+    def end(self, stream_id: int, code: int, message: str) -> None:
+        self._flush_soon()
+        self._http2.end(stream_id, code, message)
+
+    def forget(self, stream_id: int, *, give_up: bool) -> None:
+        del self.calls[stream_id]
+        if give_up:
+            self._http2.cancel(stream_id)
+            self._flush_soon()
+
+    # the server's side
+
+    def go_away(self) -> None:
+        self._http2.go_away()
+        self._flush()
+
+    def close(self) -> None:
+        """Say what is left to say and hang up, once the peer has or `_LINGER` seconds are over.
+
+        A socket closed over bytes that nobody has read is reset, and takes along what its peer has not read yet.
+        """
+        if self._transport is None or self._deaf:
+            return
+        self._flush()
+        self._deaf = True
+        if not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:  # the peer was faster
+            self._transport.abort()
+        self.loop.call_later(_LINGER, self._transport.abort)
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        out = self._http2.take()
+        if out and self._transport is not None and not self._deaf:
+            self._transport.write(out)
+
+
+class GrpcServer:
+    """Serves handlers by path ("/package.Service/Method"). tasks: own the calls; a failing handler does not fail them.
+
+    max_message_bytes: of one message; a call that sends a larger one is ended.
+    """
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], tasks: asyncio.TaskGroup, *, max_message_bytes: int = 64 * 1024 * 1024
+    ) -> None:
+        self.max_message_bytes = max_message_bytes
+        self.connections: set[_Protocol] = set()
+        self._handlers = handlers
+        self._tasks = tasks
+        self._listener: asyncio.Server | None = None
+
+    async def serve(self, listener: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
+        """Begin to serve a listening socket, which is closed by `stop`. tls must offer "h2" by ALPN."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: _Protocol(self), sock=listener, ssl=tls, backlog=1024)
+
+    async def stop(self, grace: float | None) -> None:
+        """Take no new connections and calls, let open calls end within `grace` seconds, cancel the rest."""
+        if self._listener is not None:
+            self._listener.close()
+        for connection in self.connections:
+            connection.go_away()
+        if grace and (running := self._running()):
+            await asyncio.wait(running, timeout=grace)
+        if running := self._running():
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+        if self.connections:
+            for connection in self.connections:
+                connection.close()
+            await asyncio.wait([connection.closed for connection in self.connections])
+
+    def start(self, call: Call) -> asyncio.Task[None]:
+        return self._tasks.create_task(self._serve(call))
+
+    def _running(self) -> set[asyncio.Task[None]]:
+        calls = (call for connection in self.connections for call in connection.calls.values())
+        return {call.task for call in calls if call.task is not None}
+
+    async def _serve(self, call: Call) -> None:
+        handler = self._handlers.get(call.path)
+        try:
+            if handler is None:
+                call.end(Code.UNIMPLEMENTED, "no such method")
+                return
+            await handler(call)
+            call.end()
+        except Exception:
+            # Supervision: handlers answer for their own bugs; one that does not ends its call, not the server.
+            log.exception("a handler of %s failed", call.path)
+            call.end(Code.INTERNAL, "the handler failed")
+        finally:
+            call.close()
