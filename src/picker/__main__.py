@@ -17,6 +17,7 @@ COMMANDS = {
     "proxy": ("proxy", "Standalone reverse proxy in front of vLLM servers."),
     "epp": ("epp", "Envoy ext-proc service: an endpoint picker."),
     "sim": ("sim", "Simulated vLLM pods over HTTP."),
+    "simulate": ("simulate", "Policies against each other on modelled pods, in virtual time."),
     "load": ("load", "Open-loop load against any OpenAI-compatible server."),
     "bench": ("bench", "This machine's performance figures, each against its baseline."),
     "config": ("config", "Show, validate or describe the configuration."),
@@ -54,10 +55,15 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 ran and the answer is bad, 2 wrong usage or configuration."""
     verbose = "--verbose" in sys.argv
     try:
-        cli(standalone_mode=True)
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except ConfigError as error:
         _fail(str(error), 2, verbose)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except (OSError, RuntimeError) as error:
         _fail(str(error) or type(error).__name__, 1, verbose)

@@ -94,11 +94,15 @@ class ProxyConfig(Part, frozen=True):
 
 
 class EppConfig(Part, frozen=True):
-    """The Envoy ext-proc service. cert_path: folder with tls.crt and tls.key; plain HTTP/2 without it."""
+    """The Envoy ext-proc service. cert_path: folder with tls.crt and tls.key; plain HTTP/2 without it.
+
+    fallbacks: name further endpoints behind the first, for data planes that walk the list (override_host).
+    """
 
     host: str = "0.0.0.0"
     grpc_port: int = 9002
     grpc_health_port: int = 9003
+    fallbacks: bool = True
     cert_path: str | None = None
 
 

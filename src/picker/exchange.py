@@ -347,7 +347,7 @@ class Exchange:
         waiting = not observer.first_token
         observer.feed(event.data, end=event.end)
         actions: list[Action] = [PassBody(event.data, event.end)]
-        if waiting and observer.first_token:
+        if waiting and observer.first_token and self._status < 400:
             actions.append(Report(FirstToken(self.id)))
         return self._end(actions, self._finished()) if event.end else actions
 

@@ -26,6 +26,9 @@ from picker.frontends.serving import listen, port_of
 @click.option("--metrics-host", metavar="ADDR", help="Address of metrics, health and debug routes.  [127.0.0.1]")
 @click.option("--metrics-port", type=int, metavar="N", help="Their port.  [default: 9090]")
 @click.option("--secure-serving", type=bool, default=None, metavar="BOOL", help="TLS; needs --cert-path.  [false]")
+@click.option(
+    "--fallbacks", type=bool, metavar="BOOL", help="Name endpoints to retry on; false for ORIGINAL_DST.  [true]"
+)
 @click.option("--cert-path", metavar="DIR", help="Folder with tls.crt and tls.key.")
 def command(
     host: str | None,
@@ -34,6 +37,7 @@ def command(
     metrics_host: str | None,
     metrics_port: int | None,
     secure_serving: bool | None,
+    fallbacks: bool | None,
     cert_path: str | None,
     **routing: Any,
 ) -> None:
@@ -45,6 +49,7 @@ def command(
             "epp.host": host,
             "epp.grpc_port": grpc_port,
             "epp.grpc_health_port": grpc_health_port,
+            "epp.fallbacks": fallbacks,
             "epp.cert_path": None if secure_serving is False else cert_path,
             "admin.host": metrics_host,
             "admin.port": metrics_port,
@@ -56,7 +61,7 @@ def command(
 
 async def serve(config: Config) -> None:
     app = App(config)
-    epp = ExtProc(app.runtime)
+    epp = ExtProc(app.runtime, fallbacks=config.epp.fallbacks)
 
     async def ext_proc(stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:

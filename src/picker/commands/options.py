@@ -16,6 +16,7 @@ from picker.config import POLICIES, Config, load_config, override
 from picker.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -94,11 +95,11 @@ def start_logging(level: str) -> None:
     logging.getLogger("asyncio").setLevel(max(number, logging.WARNING))
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on uvloop where it is installed; of errors that came together the first one is raised."""
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(main)
+            return runner.run(main)
     except BaseExceptionGroup as group:
         raise first_error(group) from group
 
