@@ -27,7 +27,7 @@ from picker.load.schedule import Pace, Run, drive
 from picker.load.workload import Arrivals, Plan, SharedPrefix
 from picker.sim.latency import profile
 
-DURATION = 20.0
+DURATION = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,14 @@ class Scene:
         return Pace(time_scale=self.time_scale)
 
 
-# A pod's cache holds 20 of the system prompts, and there are ten of them for each pod. Sent in turn, each pod meets all
-# and forgets most before they come again; sent by prefix, each pod keeps its share.
-GROUPS_PER_POD = 10
-WORKLOAD = SharedPrefix(system_tokens=6000, question_tokens=400, max_tokens=40)
-SHARED_PREFIX = Scene("Qwen/Qwen3-32B", "qwen3-32b-2xh100", kv_tokens=120_000, time_scale=6.0, load=0.8)
+# A pod's cache holds eight of the system prompts, and there are four of them for each pod. Sent in turn, each pod meets
+# all and forgets most before they come again; sent by prefix, each pod keeps its share. The prompts are long and few
+# rather than short and many: a delay of this machine counts `time_scale` times, and must stay small beside a prefill.
+GROUPS_PER_POD = 4
+WORKLOAD = SharedPrefix(system_tokens=12_000, question_tokens=400, max_tokens=40)
+SHARED_PREFIX = Scene("Qwen/Qwen3-32B", "qwen3-32b-2xh100", kv_tokens=100_000, time_scale=4.0, load=0.8)
 # Prompts of a production chat are twice as long and come back after minutes: fast pods with much memory.
-REPLAY = Scene("meta-llama/Llama-3.1-8B", "llama-3.1-8b-h200", kv_tokens=None, time_scale=8.0, load=0.7)
+REPLAY = Scene("meta-llama/Llama-3.1-8B", "llama-3.1-8b-h200", kv_tokens=None, time_scale=5.0, load=0.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,15 @@ def _trace_plan(setup: Setup, path: Path, rng: np.random.Generator) -> Plan:
     if len(requests) < 2:
         raise ConfigError(f"{path}: a trace of one request compares nothing")
     rate = _rate(setup, [request.prompt_tokens for request in requests])
-    span = max(request.at for request in requests) - min(request.at for request in requests)
+    limit = max(2, round(rate * setup.duration * setup.scene.time_scale))
+    times = sorted(request.at for request in requests)[:limit]
     return trace.plan(
         requests,
         rng,
         name=path.name,
         seed=setup.seed,
-        limit=max(2, round(rate * setup.duration * setup.scene.time_scale)),
-        rate_scale=rate * max(span, 1e-3) / len(requests),
+        limit=limit,
+        rate_scale=max(times[-1] - times[0], 1e-3) * rate / len(times),
         # Every token is a chunk that four processes handle: long answers would measure this machine.
         max_tokens=WORKLOAD.max_tokens,
     )

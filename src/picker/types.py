@@ -284,6 +284,25 @@ class CacheCleared:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """KV events: these blocks entered the engine's prefix cache, by the hashes that prompts are matched with.
+
+    An engine that computes a block twice keeps both copies and says so twice.
+    """
+
+    name: str
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    """KV events: one copy of each of these blocks left the engine's prefix cache."""
+
+    name: str
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts as the engine reported them; cached_tokens is None where it does not say."""
 
@@ -347,6 +366,8 @@ Fact = (
     | ModelsObserved
     | HealthObserved
     | CacheCleared
+    | BlocksStored
+    | BlocksRemoved
     | ResponseStarted
     | FirstToken
     | Finished

@@ -308,25 +308,49 @@ def test_more_rows_hold_nothing_and_the_others_keep_theirs() -> None:
     assert len(matched(made, prompt(1, 3))) == 130
 
 
-@pytest.mark.parametrize("kept", range(1, 6))
-@pytest.mark.parametrize("asked", range(1, 7))
-def test_a_row_that_lost_a_tail_keeps_its_part_when_others_branch_off(kept: int, asked: int) -> None:
-    """Row 0 holds the first blocks of what row 1 holds; row 2 uses some of them and goes on differently."""
+def three_rows_with_a_branch(kept: int, asked: int) -> ApproximateIndex:
+    """Row 0 holds the first blocks of what row 1 holds, and something newer; row 2 some of them, then its own."""
     made = index(3)
-    store(made, 0, prompt(1, 6))
-    store(made, 1, prompt(1, 6))
-    made.set_capacity(0, kept)
+    for row in (0, 1):
+        store(made, row, prompt(1, 6))
+    store(made, 0, prompt(5, 2))
+    made.set_capacity(0, kept + 2)
     store(made, 2, prompt(2, 3, prompt(1, 6)[:asked]))
     assert matched(made, prompt(1, 6)) == [kept, 6, asked]
-    assert (made.resident(0), made.blocks) == (kept, 9)
-    store(made, 0, prompt(3, 1))  # the part gives up its last block first
-    assert (matched(made, prompt(1, 6)), made.resident(0)) == ([kept - 1, 6, asked], kept)
+    assert (made.resident(0), made.blocks) == (kept + 2, 11)
+    return made
+
+
+KEPT_AND_ASKED = [(kept, asked) for kept in range(1, 6) for asked in range(1, 7)]
+
+
+@pytest.mark.parametrize(("kept", "asked"), KEPT_AND_ASKED)
+def test_a_row_that_lost_a_tail_goes_on_losing_it_when_others_branch_off(kept: int, asked: int) -> None:
+    made = three_rows_with_a_branch(kept, asked)
+    for left in reversed(range(kept)):
+        store(made, 0, prompt(10 + left, 1))
+        assert (matched(made, prompt(1, 6)), matched(made, prompt(5, 2))) == ([left, 6, asked], [2, 0, 0])
+    store(made, 0, prompt(20, 1))
+    assert (matched(made, prompt(5, 2)), made.resident(0)) == ([1, 0, 0], kept + 2)
+
+
+@pytest.mark.parametrize(("kept", "asked"), KEPT_AND_ASKED)
+def test_a_row_that_lost_a_tail_has_it_again_after_the_next_use(kept: int, asked: int) -> None:
+    made = three_rows_with_a_branch(kept, asked)
     made.set_capacity(0, None)
     store(made, 0, prompt(1, 6))
-    assert (matched(made, prompt(1, 6)), made.resident(0)) == ([6, 6, asked], 7)
+    assert (matched(made, prompt(1, 6)), made.resident(0), made.blocks) == ([6, 6, asked], 8, 11)
+
+
+@pytest.mark.parametrize(("kept", "asked"), KEPT_AND_ASKED)
+def test_a_row_that_lost_a_tail_keeps_its_part_when_all_others_leave(kept: int, asked: int) -> None:
+    made = three_rows_with_a_branch(kept, asked)
     made.clear(1)
-    made.clear(2)
-    assert (matched(made, prompt(1, 6)), made.blocks) == ([6, 0, 0], 7)
+    assert (matched(made, prompt(1, 6)), made.blocks) == ([kept, 0, asked], max(kept, asked) + 5)
+    made.remove_row(2)
+    assert (matched(made, prompt(1, 6)), made.blocks) == ([kept, 0, 0], kept + 2)
+    made.clear(0)
+    assert (matched(made, prompt(1, 6)), made.blocks, made.nbytes) == ([0, 0, 0], 0, 0)
 
 
 def test_blocks_end_where_the_last_row_lets_them_go() -> None:
@@ -336,6 +360,7 @@ def test_blocks_end_where_the_last_row_lets_them_go() -> None:
     for row, capacity in [(0, 4), (1, 7), (2, 5)]:
         made.set_capacity(row, capacity)
     assert (matched(made, prompt(1, 9)), made.blocks) == ([4, 7, 5], 7)
+    assert [max(matched(made, prompt(1, asked))) for asked in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7]
     made.clear(1)
     assert (matched(made, prompt(1, 9)), made.blocks) == ([4, 0, 5], 5)
 
@@ -478,6 +503,29 @@ def test_a_conversation_takes_no_more_memory_than_its_longest_prompt() -> None:
     assert turns.nbytes == whole.nbytes
 
 
+def test_a_conversation_from_which_the_branches_are_gone_takes_no_more_either() -> None:
+    branched, whole = index(2), index(2)
+    store(branched, 0, prompt(1, 10))
+    store(branched, 1, prompt(2, 1, prompt(1, 10)))
+    branched.clear(1)
+    store(branched, 0, prompt(1, 20))
+    store(whole, 0, prompt(1, 20))
+    assert branched.nbytes == whole.nbytes
+
+
+def test_letting_go_never_takes_more_than_the_budget() -> None:
+    """A branch that outlives the rest of its prompt gets an entry of its own, and the order may have to grow for it."""
+    for others in range(160, 180):
+        made = index(2)
+        store(made, 0, prompt(1, 10))
+        store(made, 1, prompt(1, 5))
+        for name in range(others):
+            store(made, 0, prompt(10 + name, 1))
+        made.budget_bytes = made.nbytes
+        made.set_capacity(0, others + 5)
+        assert made.nbytes <= made.budget_bytes
+
+
 @pytest.mark.parametrize("budget", [0, 100, 2000, 4096])
 def test_a_budget_too_small_for_anything_stores_nothing(budget: int) -> None:
     made = ApproximateIndex(budget, 3)
@@ -508,17 +556,17 @@ Fill = Callable[[np.random.Generator], tuple[int, UInt64Array]]
 
 
 def short_prompts_of_one_row(rng: np.random.Generator) -> tuple[int, UInt64Array]:
-    return 0, rng.integers(0, 2**64, 2, dtype=np.uint64)
+    return 999, rng.integers(0, 2**64, 2, dtype=np.uint64)
 
 
 def prompts_of_all_lengths_on_many_rows(rng: np.random.Generator) -> tuple[int, UInt64Array]:
-    return int(rng.integers(0, 20)), rng.integers(0, 2**64, int(rng.integers(1, 600)), dtype=np.uint64)
+    return int(rng.integers(980, 1000)), rng.integers(0, 2**64, int(rng.integers(1, 600)), dtype=np.uint64)
 
 
 def branches_everywhere(rng: np.random.Generator) -> tuple[int, UInt64Array]:
     """Prompts leave a common trunk at every block, so that every block is a branch, and rows hold different parts."""
     stem = np.arange(1, 1 + int(rng.integers(1, 60)), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return int(rng.integers(0, 20)), np.concatenate([stem, rng.integers(0, 2**64, 2, dtype=np.uint64)])
+    return int(rng.integers(980, 1000)), np.concatenate([stem, rng.integers(0, 2**64, 2, dtype=np.uint64)])
 
 
 FILLS = [short_prompts_of_one_row, prompts_of_all_lengths_on_many_rows, branches_everywhere]
@@ -527,7 +575,7 @@ FILLS = [short_prompts_of_one_row, prompts_of_all_lengths_on_many_rows, branches
 @pytest.mark.parametrize("fill", FILLS)
 def test_filling_far_beyond_the_budget_never_takes_more_memory_than_it(fill: Fill) -> None:
     budget = 512 * 1024
-    made = ApproximateIndex(budget, 20)
+    made = ApproximateIndex(budget, 1000)
     rng = np.random.default_rng(7)
     prompts = [fill(rng) for _ in range(2500)]
     gc.collect()
@@ -540,9 +588,28 @@ def test_filling_far_beyond_the_budget_never_takes_more_memory_than_it(fill: Fil
         taken, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 0.5 * budget < reported <= budget
-    assert peak <= budget + 64 * 1024
-    assert 0.5 * made.nbytes < taken <= made.nbytes + 64 * 1024
+    assert 0.8 * budget < reported <= budget
+    assert peak <= budget + 8 * 1024
+    assert 0.8 * made.nbytes < taken <= made.nbytes + 8 * 1024
+
+
+def test_a_table_that_grows_fits_the_budget_while_it_is_there_twice() -> None:
+    made = ApproximateIndex(ROOMY, 1)
+    rng = np.random.default_rng(7)
+    prompts = [short_prompts_of_one_row(rng)[1] for _ in range(2800)]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for hashes in prompts[:2700]:
+            made.store(0, hashes)
+        made.budget_bytes = made.nbytes
+        tracemalloc.reset_peak()
+        for hashes in prompts[2700:]:  # the 2,731st entry of a dictionary makes it grow
+            made.store(0, hashes)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= made.budget_bytes
 
 
 def test_forgotten_blocks_are_freed_without_the_garbage_collector() -> None:
@@ -598,35 +665,45 @@ def conversations(seed: int, requests: int) -> Iterable[UInt64Array]:
         yield chained(prompt(1 + 60 * chat + group, 6 * (turn + 1), prompt(100_000 + group, 12)))
 
 
-def learn(made: ApproximateIndex, engine: Engine, workload: Iterable[UInt64Array]) -> list[int]:
+def serve(made: ApproximateIndex, engine: Engine, workload: Iterable[UInt64Array], *, report: bool = True) -> list[int]:
     """Serve a workload and report every answer; by how many blocks each prediction was too high."""
     excess = []
     for hashes in workload:
         predicted = int(made.match(hashes)[0])
         made.store(0, hashes)
         actual = engine.serve(hashes)
-        made.correct(0, hashes, predicted=predicted, actual=actual)
+        if report:
+            made.correct(0, hashes, predicted=predicted, actual=actual)
         excess.append(predicted - actual)
     return excess
 
 
+def share_of(excess: list[int], rule: Callable[[int], bool]) -> float:
+    """In the last half of a workload."""
+    late = excess[len(excess) // 2 :]
+    return sum(map(rule, late)) / len(late)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
-def test_an_engine_that_keeps_less_than_it_announces_is_soon_predicted_well(share: float, seed: int) -> None:
-    """In the last half 3 to 6 % of the predictions are too high; with nothing learned it would be far more."""
-    made, ignorant = index(1, capacity=1000), index(1, capacity=1000)
-    excess = learn(made, Engine(round(share * 1000)), conversations(seed, 3000))
-    late = excess[1500:]
-    assert sum(each > 0 for each in late) / len(late) < 0.08
-    assert sum(each < 0 for each in late) / len(late) < 0.01
-    assert share * 1000 * 0.95 <= made.effective_capacity(0) <= max(share * 1300, 1000.0)
-    assert ignorant.effective_capacity(0) == 1000
+@pytest.mark.parametrize(("share", "unlearned"), [(0.25, 0.35), (0.5, 0.2), (0.8, 0.06)])
+def test_an_engine_that_keeps_less_than_it_announces_is_soon_predicted_well(
+    share: float, unlearned: float, seed: int
+) -> None:
+    """Of six seeds, 3 / 4 / 6 % of the predictions are too high with 25 / 50 / 80 % kept; unlearned 39 / 23 / 9 %."""
+    made, never_told = index(1, capacity=1000), index(1, capacity=1000)
+    workload = list(conversations(seed, 3000))
+    excess = serve(made, Engine(round(share * 1000)), workload)
+    assert share_of(excess, lambda each: each > 0) < 0.065
+    assert share_of(excess, lambda each: each < 0) < 0.01
+    assert share * 950 <= made.effective_capacity(0) <= min(share * 1300, 1000.0)
+    blind = serve(never_told, Engine(round(share * 1000)), workload, report=False)
+    assert share_of(blind, lambda each: each > 0) > unlearned
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_engine_that_keeps_what_it_announces_is_believed(seed: int) -> None:
     made = index(1, capacity=1000)
-    excess = learn(made, Engine(1000), conversations(seed, 1500))
+    excess = serve(made, Engine(1000), conversations(seed, 1500))
     assert set(excess) == {0}
     assert (made.effective_capacity(0), made.trust[0]) == (1000, 1.0)
 

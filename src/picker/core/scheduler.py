@@ -23,6 +23,8 @@ from picker.core.snapshot import EndpointState, endpoint_state
 from picker.core.view import PoolView
 from picker.prefix.approximate import ApproximateIndex
 from picker.types import (
+    BlocksRemoved,
+    BlocksStored,
     BoolArray,
     CacheCleared,
     Decision,
@@ -146,6 +148,8 @@ class Scheduler:
                 self._removed(name)
             case ScrapeFailed():
                 pass  # Old values stay and age; see `PoolView.age`.
+            case BlocksStored() | BlocksRemoved():
+                pass  # The index learns from what is sent and answered.
             case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
                 self._about_endpoint(fact)
 

@@ -15,9 +15,9 @@ OnProgress = Callable[[Progress], None]
 
 
 @contextmanager
-def live_line(label: str) -> Iterator[OnProgress | None]:
-    """What to give `drive` as `on_progress`; None where nobody watches."""
-    console = Console(stderr=True)
+def live_line(label: str, console: Console | None = None) -> Iterator[OnProgress | None]:
+    """What to give `drive` as `on_progress`; None where nobody watches. console: instead of stderr."""
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         yield None
         return
@@ -33,7 +33,7 @@ def live_line(label: str) -> Iterator[OnProgress | None]:
         transient=True,
     )
     with bar:
-        task = bar.add_task(label, total=None, in_flight=0, failed=0)
+        task = bar.add_task(label, total=0, in_flight=0, failed=0)
 
         def show(progress: Progress) -> None:
             bar.update(

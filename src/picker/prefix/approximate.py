@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from picker.types import FloatArray, Int32Array, UInt64Array
@@ -22,13 +23,12 @@ _HASH = 8  # bytes
 _TABLES = 64  # the table of runs, in parts: one part at a time grows, and for a moment is there twice
 _LAST = _TABLES - 1
 
-# Bytes, measured on CPython 3.11; a little above what the allocator takes.
-_RUN_BYTES = 288  # a run: the object, its number, its key in the table, the header of its hashes and of its two sets
+# Bytes on CPython 3.11 to 3.13, with the allocator's rounding.
+_RUN_BYTES = 240  # a run: the object, its number, its key in the table, the heads of its hashes and of its set of rows
 _ENTRY_BYTES = 32  # the stamp of an entry in a row's order
-_PROMPT_BYTES = (
-    4096  # room for what one prompt adds besides its hashes: two runs, their entries, tables that were empty
-)
-_SPARSE = 512  # a table with so many bytes an entry has lost most of its entries: made anew
+_LINK_BYTES = 56  # the link of an entry in a row's order, which is not made anew when the order's tables grow
+_PROMPT_BYTES = 4096  # what a prompt adds besides its hashes: two runs, their entries, tables that were empty
+_SPARSE = 512  # a table with more bytes an entry has lost most of its entries: made anew
 
 # Rules of `correct`. A miss counts ten times a hit: in balance about one prediction in eleven misses. Fewer would need
 # a larger ratio, and then the few misses that have nothing to do with capacity (a request that was aborted before its
@@ -40,13 +40,15 @@ _FLOOR = 0.1
 _TRUST_GAIN = 0.05
 
 
-@dataclass(slots=True, eq=False)
-class _Run:
+class _Run(msgspec.Struct, eq=False, gc=False):
     """Blocks that have always been used together, after those of `parent`: an edge of a radix tree over prompts.
 
     hashes: of its blocks, oldest first, as bytes. number: its own, never given again. children: runs that go on from
-    here. whole, part: rows, as bits, that hold all of it and only its first blocks. Somebody always holds all of it,
-    and whoever holds a child does.
+    here. whole, part: rows, as bits, that hold all of it and only its first blocks, of which `_part` has the number.
+    Somebody always holds all of it, and whoever holds a child does.
+
+    There may be a million, and they refer to each other only upwards: the garbage collector has nothing to find here,
+    and would take a second to see that.
     """
 
     hashes: bytes
@@ -250,7 +252,7 @@ class ApproximateIndex:
             path[-1] = self._split(path[-1], lengths[-1])
         rest = block_hashes[sum(lengths) :].tobytes()
         last = path[-1] if path else self._root
-        if rest and last.whole == 1 << row and not last.children and not last.part:
+        if rest and last.whole == 1 << row and not last.children:
             last.hashes += rest  # a conversation that goes on where it was stays one run
             self._blocks += len(rest) // _HASH
             self._rows[row].blocks += len(rest) // _HASH
@@ -285,12 +287,8 @@ class ApproximateIndex:
 
     def _move_up(self, row: int, run: _Run, upper: _Run) -> None:
         """The row held no more of a run than what became the upper one."""
-        bit = 1 << row
-        run.part ^= bit
-        if self._part[row] == upper.blocks:
-            upper.whole |= bit
-        else:
-            upper.part |= bit
+        run.part ^= 1 << row
+        upper.part |= 1 << row
         order = self._rows[row].order
         order[upper] = order.pop(run)
         order.move_to_end(upper, last=False)
@@ -389,7 +387,8 @@ class ApproximateIndex:
 
     def _growth(self, mine: _Row, blocks: int) -> int:
         """Bytes at the worst moment of storing so many blocks: a table that grows is there thrice, old and new."""
-        return _HASH * blocks + _PROMPT_BYTES + 2 * mine.nbytes + 4 * self._largest_table
+        order_tables = mine.nbytes - (_ENTRY_BYTES + _LINK_BYTES) * len(mine.order)
+        return _HASH * blocks + _PROMPT_BYTES + 2 * order_tables + 4 * self._largest_table
 
     def _make_room(self, extra: int) -> bool:
         """Let so many more bytes in within the budget, the globally oldest runs going first; False: impossible."""

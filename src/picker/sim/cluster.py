@@ -17,9 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from picker.sim.engine import Engine, EngineRequest, FinishedRequest
+from picker.sim.engine import Engine, EngineRequest, FinishedRequest, StepResult
 from picker.sim.kernel import Kernel
 from picker.types import (
+    BlocksRemoved,
+    BlocksStored,
+    CacheCleared,
     Decision,
     Endpoint,
     EndpointAdded,
@@ -42,7 +45,10 @@ BYTES_PER_TOKEN = 4
 
 
 class Router(Protocol):
-    """What decides: `core.scheduler.Scheduler`, or a peer's policy."""
+    """What decides: `core.scheduler.Scheduler`, or a peer's policy.
+
+    One with a true attribute `wants_events` is also told what enters and leaves the engines' prefix caches.
+    """
 
     def submit(self, request: Request, now: float) -> Decision | Rejection | Queued: ...
 
@@ -80,6 +86,8 @@ class Timing:
 
     gateway: from a client to the engine's front end, deciding included. response: from the engine to client and
     gateway. scrape_interval: how old the scheduler's view of an engine may be; each engine has a phase of its own.
+    event_delay: from a change of an engine's prefix cache to a router that wants KV events; of steps that are merged,
+    all changes come at their end.
     think: no answer leads to a next request sooner than this; a larger bound lets engines run further in one go.
     """
 
@@ -87,6 +95,7 @@ class Timing:
     response: float = 0.001
     scrape_interval: float = 1.0
     think: float = 0.0
+    event_delay: float = 0.005
 
 
 class Trouble(enum.Enum):
@@ -196,6 +205,8 @@ class Cluster:
         self._models = frozenset({model, *adapters})
         self._rng = np.random.default_rng(seed)
         self._router = router
+        self._wants_events = bool(getattr(router, "wants_events", False))
+        self._armed_for = math.inf
         self._engine_of = engine_of
         self._max_attempts = max_attempts
         self._pods: dict[str, _Pod] = {}
@@ -207,7 +218,7 @@ class Cluster:
         self._waiting: set[int] = set()
         self._source: Iterator[Arrival] = iter(())
         self._next_arrival = math.inf
-        self._turns: list[float] = []  # heap: times of next turns already due
+        self._due: list[float] = []  # heap: times of submissions to come, other than the source's
         self._incidents = deque(sorted(incidents, key=lambda incident: incident.at))
         for engine in engines:
             self._join(engine)
@@ -283,8 +294,9 @@ class Cluster:
         record.attempts += 1
         pod.requests[number] = None
         if pod.dead:
-            life = pod.life
-            self.kernel.at(now + self.timing.gateway, lambda: self._refuse(pod, life, number))
+            life, refused_at = pod.life, now + self.timing.gateway
+            heapq.heappush(self._due, refused_at)
+            self.kernel.at(refused_at, lambda: self._refuse(pod, life, number))
             return
         reaches_at = now + self.timing.gateway + pod.engine.profile.front_end(self._arrivals[number].prompt_tokens)
         pod.pending.append(reaches_at)
@@ -297,6 +309,12 @@ class Cluster:
             return
         pod.pending.remove(at)
         arrival = self._arrivals[number]
+        if arrival.prompt_tokens + arrival.output_tokens > pod.engine.pool.usable * pod.engine.profile.block_size:
+            # More than its whole KV cache holds: the engine says so (400), and so would every other.
+            del pod.requests[number]
+            self._lose(number)
+            self._tell(Finished(number, 400))
+            return
         pod.engine.add(
             EngineRequest(
                 id=number,
@@ -329,11 +347,22 @@ class Cluster:
             return
         ends = now + result.duration
         self.kernel.at(ends, lambda: self._step(pod, life))
+        if self._wants_events and (result.stored or result.removed):
+            self.kernel.at(ends + self.timing.event_delay, lambda: self._publish(pod, life, result))
         heard_at = ends + self.timing.response
         for number in result.first_tokens:
             self.kernel.at(heard_at, lambda number=number: self._begin(pod, life, number))  # type: ignore[misc]
         for finished in result.finished:
             self.kernel.at(heard_at, lambda finished=finished: self._finish(pod, life, finished))  # type: ignore[misc]
+
+    def _publish(self, pod: _Pod, life: int, result: StepResult) -> None:
+        if life != pod.life:
+            return
+        if result.removed:
+            self._router.apply(BlocksRemoved(pod.name, result.removed), self.kernel.now)
+        if result.stored:
+            stored = tuple(itertools.chain.from_iterable(blocks.hashes for blocks in result.stored))
+            self._router.apply(BlocksStored(pod.name, stored), self.kernel.now)
 
     def _horizon(self, pod: _Pod) -> float | None:
         """The earliest instant at which something may be added to this engine; None: at any time."""
@@ -341,8 +370,8 @@ class Cluster:
             return None
         timing, now = self.timing, self.kernel.now
         on_the_way = timing.gateway + pod.engine.profile.front_end_s
-        next_turn = self._turns[0] if self._turns else math.inf
-        horizon = min(self._next_arrival, next_turn, now + timing.think) + on_the_way
+        due = self._due[0] if self._due else math.inf
+        horizon = min(self._next_arrival, due, now + timing.think) + on_the_way
         if self._incidents:
             horizon = min(horizon, self._incidents[0].at)
         return min(*pod.pending, horizon) if pod.pending else horizon
@@ -367,11 +396,11 @@ class Cluster:
         following = arrival.then(self.kernel.now) if arrival.then is not None else None
         if following is not None:
             at = max(following.at, self.kernel.now)
-            heapq.heappush(self._turns, at)
+            heapq.heappush(self._due, at)
             self.kernel.at(at, lambda: self._turn(following))
 
     def _turn(self, arrival: Arrival) -> None:
-        heapq.heappop(self._turns)  # turns come in order of time, so it is this one's
+        heapq.heappop(self._due)  # they come in order of time, so it is this one's
         self._arrive(arrival)
 
     def _tell(self, fact: Fact) -> None:
@@ -393,6 +422,8 @@ class Cluster:
                 pod.engine, pod.dead_since = self._new_engine(pod.name), math.inf
                 pod.gauges.clear()
                 self._gauge(pod)
+                if self._wants_events:
+                    self._router.apply(CacheCleared(pod.name), now)
             case Trouble.HANG:
                 pod.hangs_until = now + incident.seconds
             case Trouble.SLOW:
@@ -415,6 +446,7 @@ class Cluster:
             self._break_off(pod, number, FailureReason.RESET)
 
     def _refuse(self, pod: _Pod, life: int, number: int) -> None:
+        heapq.heappop(self._due)
         if life == pod.life:
             self._break_off(pod, number, FailureReason.CONNECT)
 
@@ -442,11 +474,19 @@ class Cluster:
         for outcome in self._router.poll(self.kernel.now):
             self._waiting.remove(outcome.request_id)
             self._settle(outcome)
+        if self._waiting:
+            self._arm()
 
     def _arm(self) -> None:
         wakeup = self._router.next_wakeup()
-        if wakeup is not None:
-            self.kernel.at(max(wakeup, self.kernel.now), self._release)
+        if wakeup is not None and (at := max(wakeup, self.kernel.now)) < self._armed_for:
+            self._armed_for = at
+            self.kernel.at(at, lambda: self._wake(at))
+
+    def _wake(self, at: float) -> None:
+        if at == self._armed_for:  # and not overtaken by an earlier one
+            self._armed_for = math.inf
+            self._release()
 
     # --- scrapes ---
 
@@ -457,9 +497,10 @@ class Cluster:
         """Tell the router what each engine showed at its latest scrape: only decisions look, so only they ask."""
         interval, now = self.timing.scrape_interval, self.kernel.now
         while self._scrapes[0][0] <= now:
-            _, name = self._scrapes[0]
+            expected, name = self._scrapes[0]
             pod = self._pods[name]
-            tick = math.floor((now - pod.phase) / interval) * interval + pod.phase
+            # Rounding must not bring back a tick that has been.
+            tick = max(expected, math.floor((now - pod.phase) / interval) * interval + pod.phase)
             heapq.heapreplace(self._scrapes, (tick + interval, name))
             self._observe(pod, tick)
 

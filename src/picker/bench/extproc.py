@@ -1,0 +1,112 @@
+"""picker behind a real Envoy: what ext-proc costs in CPU time and adds in latency, against the same Envoy without it.
+
+One Envoy with one worker and two listeners, with and without picker, in front of the same upstream; every repeat
+measures both in turn. Mode `full` is both directions over ext-proc, as the endpoint-picker protocol has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from picker import envoy
+from picker.bench.cases import CHUNKS, ENDPOINTS, PROMPT_BYTES, Case, cases, modest_rate
+from picker.bench.client import answers, closed_loop, open_loop
+from picker.bench.figures import added, row_figures
+from picker.bench.placement import pinned, placement
+from picker.bench.upstream import Upstream
+from picker.children import supervised
+
+MODES = ("full",)
+COLUMNS = (
+    *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
+    *("added_p50_ms", "added_p99_ms", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
+)
+_EPP = (
+    *("epp", "--host", "127.0.0.1", "--secure-serving", "false"),
+    *("--grpc-port", "0", "--grpc-health-port", "0", "--metrics-port", "0"),
+)
+_EXT_PROC = re.compile(r"ext-proc on \S*?:(\d+)")
+_READY_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Gateway:
+    """behind, plain: Envoy's ports with and without picker. pids: of both processes."""
+
+    upstream: Upstream
+    behind: tuple[int]
+    plain: tuple[int]
+    pids: Mapping[str, int]
+
+
+async def rows(
+    *,
+    prompt_bytes: Sequence[int] = PROMPT_BYTES,
+    chunks: Sequence[int] = CHUNKS,
+    seconds: float = 0.7,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row for each mode, prompt size and number of chunks (0: one JSON answer instead of a stream).
+
+    seconds: of each measured window; a repeat has four. Raises ConfigError without Envoy, ChildFailedError or
+    AnswerError when something breaks.
+    """
+    envoy.find_envoy()
+    found = []
+    for mode in MODES:
+        async with _running(next(cases(prompt_bytes, chunks))) as gateway:
+            for case in cases(prompt_bytes, chunks):
+                figures = []
+                for number in range(repeats):
+                    progress(f"{mode} · {case} · {number + 1} of {repeats}")
+                    figures.append(await _repeat(gateway, case, seconds))
+                key = {"mode": mode, "prompt_bytes": case.prompt_bytes, "chunks": case.chunks}
+                found.append({**key, **row_figures(figures), "repeats": repeats})
+    return found
+
+
+async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, float | None]:
+    behind, plain = (case.traffic(gateway.upstream, ports) for ports in (gateway.behind, gateway.plain))
+    with_picker = await closed_loop(behind, seconds=seconds, processes=gateway.pids)
+    without = await closed_loop(plain, seconds=seconds, processes=gateway.pids)
+    rate = modest_rate(with_picker.requests_per_s)
+    latency = await open_loop(behind, seconds=seconds, rate=rate)
+    return {
+        "requests_per_s": with_picker.requests_per_s,
+        "picker_cpu_us_per_request": with_picker.cpu_us["picker"],
+        "envoy_cpu_us_per_request": with_picker.cpu_us["envoy"],
+        **added(latency, await open_loop(plain, seconds=seconds, rate=rate)),
+        "picker_cores": with_picker.cores["picker"],
+        "envoy_cores": with_picker.cores["envoy"],
+        "plain_requests_per_s": without.requests_per_s,
+        "plain_envoy_cpu_us_per_request": without.cpu_us["envoy"],
+        "latency_requests": len(latency.first_byte),
+        "latency_requests_per_s": rate,
+    }
+
+
+@asynccontextmanager
+async def _running(first: Case) -> AsyncIterator[_Gateway]:
+    """Upstream, picker and Envoy, once `first` has been answered both ways."""
+    places = placement()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(pinned(places.load))
+        upstream = await stack.enter_async_context(Upstream().running(ENDPOINTS))
+        children = await stack.enter_async_context(supervised())
+        with pinned(places.subject):
+            picker = await children.start_picker("picker", *_EPP, *upstream.endpoint_flags())
+        (port,) = await children.announced(picker, _EXT_PROC, timeout=_READY_TIMEOUT)
+        config = envoy.bootstrap(upstream.addresses, f"127.0.0.1:{port}", plain="127.0.0.1:0")
+        with pinned(places.gateway):
+            running = await stack.enter_async_context(envoy.running_envoy(config))
+        behind, plain = (running.ports[envoy.GATEWAY],), (running.ports[envoy.PLAIN],)
+        for ports in (behind, plain):
+            traffic = first.traffic(upstream, ports)
+            await children.ready(picker, partial(answers, traffic), timeout=_READY_TIMEOUT)
+        yield _Gateway(upstream, behind, plain, {"picker": picker.process.pid, "envoy": running.pid})

@@ -1,0 +1,162 @@
+"""The standalone proxy beside every peer that is installed: the same requests, through each in turn.
+
+What is measured has a core to itself, client and upstream have the others. The row `direct` is no proxy at all: what
+the load generator can do by itself, and the baseline of the added latencies.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from picker.bench import peers
+from picker.bench.cases import CHUNKS, ENDPOINTS, PROMPT_BYTES, Case, cases, modest_rate
+from picker.bench.client import Latency, Throughput, Traffic, answers, closed_loop, open_loop
+from picker.bench.cputime import rss_bytes
+from picker.bench.figures import added, row_figures
+from picker.bench.placement import Cores, pinned, placement
+from picker.bench.upstream import Upstream
+from picker.children import Child, ChildFailedError, Children, supervised
+
+DIRECT = "direct"
+PICKER = "picker"
+COLUMNS = (
+    *("name", "prompt_bytes", "chunks", "requests_per_s", "cpu_us_per_request", "added_p50_ms", "added_p99_ms"),
+    *("added_chunk_p50_ms", "rss_mb", "cores"),
+)
+_PROXY = re.compile(r"proxy on http://\S+?:(\d+)/v1")
+_READY_TIMEOUT = 60.0
+_PEER_TIMEOUT = 30.0
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to the upstream. pid: of what is measured, None for none."""
+
+    ports: tuple[int, ...]
+    pid: int | None
+
+
+async def rows(
+    *,
+    prompt_bytes: Sequence[int] = PROMPT_BYTES,
+    chunks: Sequence[int] = CHUNKS,
+    seconds: float = 0.7,
+    repeats: int = 3,
+    progress: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row for each proxy, prompt size and number of chunks (0: one JSON answer instead of a stream).
+
+    seconds: of each measured window; a repeat has two for each proxy. warn: told of peers that do not work here.
+    Raises ChildFailedError or AnswerError when something breaks.
+    """
+    found = []
+    async with _running(next(cases(prompt_bytes, chunks)), warn) as (upstream, ways):
+        for case in cases(prompt_bytes, chunks):
+            figures: dict[str, list[Figures]] = {name: [] for name in ways}
+            for number in range(repeats):
+                progress(f"{', '.join(ways)} · {case} · {number + 1} of {repeats}")
+                for name, repeat in (await _repeat(upstream, ways, case, seconds)).items():
+                    figures[name].append(repeat)
+            for name, repeated in figures.items():
+                key = {"name": name, "prompt_bytes": case.prompt_bytes, "chunks": case.chunks}
+                found.append({**key, **row_figures(repeated), "repeats": repeats})
+    return found
+
+
+async def _repeat(upstream: Upstream, ways: Mapping[str, _Way], case: Case, seconds: float) -> dict[str, Figures]:
+    """Every way's throughput, then every way's latency at one rate that suits the slowest."""
+    traffic = {name: case.traffic(upstream, way.ports) for name, way in ways.items()}
+    capacity = {}
+    for name, way in ways.items():
+        processes = {} if way.pid is None else {name: way.pid}
+        capacity[name] = await closed_loop(traffic[name], seconds=seconds, processes=processes)
+    rate = modest_rate(min(each.requests_per_s for each in capacity.values()))
+    latency = {name: await open_loop(traffic[name], seconds=seconds, rate=rate) for name in ways}
+    return {
+        name: _figures(way, capacity[name], latency[name], latency[DIRECT]) | {"latency_requests_per_s": rate}
+        for name, way in ways.items()
+    }
+
+
+def _figures(way: _Way, capacity: Throughput, latency: Latency, baseline: Latency) -> Figures:
+    compared = added(latency, baseline)
+    return {
+        "requests_per_s": capacity.requests_per_s,
+        "cpu_us_per_request": next(iter(capacity.cpu_us.values()), None),
+        **(compared if way.pid else dict.fromkeys(compared)),
+        "latency_requests": len(latency.first_byte),
+        "rss_mb": rss_bytes(way.pid) / 1e6 if way.pid else None,
+        "cores": next(iter(capacity.cores.values()), None),
+    }
+
+
+# --- what is measured --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _running(first: Case, warn: Callable[[str], None]) -> AsyncIterator[tuple[Upstream, dict[str, _Way]]]:
+    """Upstream, picker and the peers that work, once each has answered `first`."""
+    places = placement()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(pinned(places.load))
+        upstream = await stack.enter_async_context(Upstream().running(ENDPOINTS))
+        working = [name for name in peers.installed() if await _works(name, upstream, first, warn)]
+        children = await stack.enter_async_context(supervised())
+        ways = {
+            DIRECT: _Way(upstream.ports, None),
+            PICKER: await _start_picker(children, upstream, first, places.subject),
+        }
+        for name in working:
+            ways[name] = await _start_peer(children, name, upstream, first, places.subject)
+        yield upstream, ways
+
+
+async def _start_picker(children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> _Way:
+    with pinned(cores):
+        child = await children.start_picker(
+            PICKER, *("proxy", "--port", "0", "--admin-port", "0"), *upstream.endpoint_flags()
+        )
+    (port,) = await children.announced(child, _PROXY, timeout=_READY_TIMEOUT)
+    return await _ready(children, child, int(port), first.traffic(upstream, (int(port),)))
+
+
+async def _start_peer(children: Children, name: str, upstream: Upstream, first: Case, cores: Cores | None) -> _Way:
+    port, metrics_port = _free_ports(2)
+    command = peers.installed()[name] + peers.flags(upstream.urls, port=port, metrics_port=metrics_port)
+    with pinned(cores):
+        child = await children.start(name, *command)
+    return await _ready(children, child, port, first.traffic(upstream, (port,)))
+
+
+async def _ready(children: Children, child: Child, port: int, traffic: Traffic) -> _Way:
+    await children.ready(child, partial(answers, traffic), timeout=_PEER_TIMEOUT)
+    return _Way((port,), child.process.pid)
+
+
+async def _works(name: str, upstream: Upstream, first: Case, warn: Callable[[str], None]) -> bool:
+    """Start it once by itself: what is installed under a peer's name may be broken, or something else."""
+    try:
+        async with supervised(grace=1.0) as children:
+            await _start_peer(children, name, upstream, first, None)
+    except ChildFailedError as error:
+        warn(f"{name} is left out: {error}")
+        return False
+    return True
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, for programs that cannot choose one by themselves."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from picker.commands.simulate import command
+from picker.errors import ConfigError
+
+# One process: workers cost more than these runs.
+SMALL = ("--scenario", "S2", "--pods", "2", "--limit", "25", "--jobs", "1")
+KEYS = {
+    *("policy", "scenario", "model", "pods", "load", "seed", "requests", "failed", "ttft_mean_s", "ttft_p50_s"),
+    *("ttft_p95_s", "ttft_p99_s", "e2e_mean_s", "e2e_p95_s", "tpot_mean_s", "hit_ratio", "output_tokens_per_s"),
+    *("duration_s", "picks_max_over_mean"),
+}
+
+
+def call(*flags: str) -> Result:
+    return CliRunner().invoke(command, flags, catch_exceptions=False)
+
+
+def runs(*flags: str) -> list[dict[str, Any]]:
+    result = call(*flags, "--json")
+    assert result.exit_code == 0, result.output
+    found: list[dict[str, Any]] = json.loads(result.stdout)["runs"]
+    return found
+
+
+def trace_file(folder: Path) -> str:
+    lines = [
+        {"timestamp": 3000 * n, "input_length": 1024, "output_length": 5, "hash_ids": [0, n % 3]} for n in range(12)
+    ]
+    path = folder / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def test_there_is_a_run_for_each_policy_load_and_seed() -> None:
+    found = runs(*SMALL, "--policy", "round-robin,picker", "--load", "0.2,0.4", "--seeds", "2")
+    assert [(run["policy"], run["load"], run["seed"]) for run in found] == [
+        (policy, load, seed) for load in (0.2, 0.4) for seed in (1, 2) for policy in ("round-robin", "picker")
+    ]
+    assert found[0].keys() >= KEYS
+    assert (found[0]["scenario"], found[0]["pods"]) == ("agentic", 2)
+
+
+def test_the_same_seed_prints_the_same_bytes() -> None:
+    first, again = (call(*SMALL, "--policy", "picker,random", "--json").stdout for _ in range(2))
+    assert first == again
+
+
+def test_workers_print_what_one_process_prints() -> None:
+    flags = (*SMALL[:-2], "--policy", "picker,random", "--limit", "8", "--json")
+    assert (
+        json.loads(call(*flags, "--jobs", "2").stdout)["runs"] == json.loads(call(*flags, "--jobs", "1").stdout)["runs"]
+    )
+
+
+def test_a_number_and_a_name_are_the_same_scenario() -> None:
+    by_name = ("--scenario", "agentic", *SMALL[2:])
+    assert runs(*SMALL, "--policy", "random") == runs(*by_name, "--policy", "random")
+
+
+def test_a_trace_is_replayed_whole_without_a_load(tmp_path: Path) -> None:
+    flags = ("--trace", trace_file(tmp_path), "--pods", "2", "--policy", "round-robin")
+    (run,) = runs(*flags)
+    assert (run["requests"], run["scenario"], run["load"], run["model"]) == (12, "trace", None, "qwen3-32b-2xh100")
+    (quick,) = runs(*flags, "--rate-scale", "3")
+    assert quick["duration_s"] < run["duration_s"]
+
+
+def test_a_trace_may_take_the_pods_of_a_scenario(tmp_path: Path) -> None:
+    (run,) = runs("--scenario", "S4", "--trace", trace_file(tmp_path), "--policy", "picker", "--limit", "10")
+    assert (run["scenario"], run["pods"]) == ("conversation", 8)
+
+
+def test_a_ladder_tells_of_its_stages() -> None:
+    (run,) = runs("--scenario", "S1", "--policy", "round-robin", "--limit", "30")
+    assert run["load"] is None
+    assert [stage["rate"] for stage in run["stages"][:3]] == [15.0, 3.0, 10.0]
+    assert run["stages"][0]["requests"] == 30
+
+
+def test_people_get_a_table() -> None:
+    result = call(*SMALL, "--policy", "random,picker", "--load", "0.3")
+    assert "picker" in result.stdout
+    assert "TTFT / random" in result.stdout
+    assert "load 0.3" in result.stdout
+
+
+def test_the_list_names_scenarios_policies_and_models() -> None:
+    for flags in (("--list",), ("--list", "--json")):
+        said = call(*flags).stdout
+        assert all(word in said for word in ("S2", "agentic", "least-request", "deepseek-v3-8xh200"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ((), "--scenario NAME or --trace FILE"),
+        ((*SMALL, "--policy", "leastrequest"), "least-request"),
+        (("--scenario", "agentc"), "agentic"),
+        ((*SMALL, "--model", "llama"), "no model profile"),
+        ((*SMALL, "--load", "0.5", "--rate-scale", "2"), "give one of them"),
+        ((*SMALL, "--rate-scale", "0"), "must be positive"),
+        ((*SMALL, "--trace-format", "mooncake"), "without --trace"),
+        (("--trace", "absent.jsonl"), "absent.jsonl"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(flags: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        call(*flags)
+
+
+def test_a_load_that_is_no_number_is_refused() -> None:
+    assert call(*SMALL, "--load", "much").exit_code == 2
