@@ -114,6 +114,7 @@ def test_bytes_of_a_block_on_a_row(blocks: int, pairs: int) -> None:
     """Printed, not timed: what the interpreter traced, on a hundred rows, for each (block, row) pair."""
     index = ApproximateIndex(BUDGET, 100)
     upcoming = prompts(blocks)
+    next(upcoming)
     gc.collect()
     tracemalloc.start()
     try:

@@ -24,6 +24,7 @@ from picker import __version__
 from picker.errors import ConfigError
 from picker.load import trace
 from picker.sim import latency
+from picker.sim.bounds import REFERENCES
 from picker.sim.capacity import stable_rate
 from picker.sim.policies import POLICIES, policy
 from picker.sim.result import ratio_interval
@@ -125,7 +126,8 @@ def command(
         raise ConfigError(f"--scrape-interval must be positive, not {scrape_interval:g}")
     names = [name for name in policies.split(",") if name]
     for name in names:
-        policy(name)
+        if name not in REFERENCES:
+            policy(name)
     chosen = _scenario(called, trace_file, trace_format)
     if model is not None:
         latency.profile(model)
@@ -218,7 +220,7 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         listed = {
             "scenarios": [{"number": n, "name": s.name, "title": s.title} for n, s in known.items()],
-            "policies": list(POLICIES),
+            "policies": [*POLICIES, *REFERENCES],
             "models": list(latency.profiles()),
         }
         click.echo(json.dumps(listed))
@@ -226,7 +228,7 @@ def _list(*, as_json: bool) -> None:
     click.echo("scenarios:")
     for number, each in known.items():
         click.echo(f"  {number:<12}{each.name:<22}{each.title}, {each.pods.count} x {each.pods.profile}")
-    click.echo("policies:\n  " + ", ".join(POLICIES))
+    click.echo("policies:\n  " + ", ".join([*POLICIES, *REFERENCES]))
     click.echo("model profiles:\n  " + "\n  ".join(latency.profiles()))
 
 

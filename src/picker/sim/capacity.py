@@ -73,7 +73,9 @@ def pooled(pods: Pods) -> Profile:
 def run_pooled(trial: Trial) -> list[Outcome]:
     """The trial's requests on the pooled oracle; incidents do not befall it."""
     pods = trial.scenario.pods
-    slots = None if pods.max_loras is None else AdapterSlots(pods.max_loras * pods.count, load_s=pods.lora_load_s)
+    # A load holds up the pod that does it, which is that share of the pool.
+    load_s = pods.lora_load_s / pods.count
+    slots = None if pods.max_loras is None else AdapterSlots(pods.max_loras * pods.count, load_s=load_s)
     engine = Engine(pooled(pods), name="pool", adapters=slots)
     timing = Timing(scrape_interval=60.0, think=trial.scenario.workload.think)
     cluster = Cluster(OnlyOne(), [engine], timing=timing, adapters=trial.scenario.adapters)

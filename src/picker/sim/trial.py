@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from picker.sim.adapters import AdapterSlots
+from picker.sim.bounds import REFERENCES
 from picker.sim.cluster import Arrival, Cluster, Outcome, Router, Timing
 from picker.sim.engine import Engine
 from picker.sim.policies import PoolDescription, policy
@@ -72,7 +73,13 @@ class Trial:
         )
 
     def run(self) -> list[Outcome]:
-        return self.cluster(self.router()).run(self.arrivals())
+        """What became of every request, by the policy or by a reference of `sim.bounds` that has no pods to choose."""
+        reference = REFERENCES.get(self.policy)
+        if reference is None:
+            return self.cluster(self.router()).run(self.arrivals())
+        pods = self.scenario.pods
+        profiles = [pods.published.scaled(pods.speed(number)) for number in range(pods.count)]
+        return reference(self.arrivals(), profiles, Timing(think=self.scenario.workload.think))
 
 
 def measured_from(trial: Trial, outcomes: list[Outcome]) -> float:
