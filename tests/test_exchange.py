@@ -244,14 +244,10 @@ def test_a_path_we_do_not_know_is_never_refused_for_its_body() -> None:
     assert play << Submit >> Decided(to()) << Forward(to(), b"\x00\xff not json")
 
 
-def test_an_error_of_the_engine_is_handed_on_and_finished_with_its_status() -> None:
+def test_an_error_of_the_engine_is_handed_on_finished_with_its_status_and_has_no_token() -> None:
     body = b'{"error": {"message": "too long", "code": 400}}'
     assert (
-        responding(status=400)
-        >> ResponseBody(body, end=True)
-        << PassBody(body, end=True)
-        << Report(FirstToken(ID))
-        << Report(Finished(ID, 400))
+        responding(status=400) >> ResponseBody(body, end=True) << PassBody(body, end=True) << Report(Finished(ID, 400))
     )
 
 
