@@ -67,7 +67,7 @@ class Runtime:
         clock: Clock,
         limits: Limits | None = None,
         queue_timeout: float | None = None,
-        records: int = 1000,
+        records: int = 256,
     ) -> None:
         self.scheduler = scheduler
         self.telemetry = telemetry
