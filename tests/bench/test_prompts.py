@@ -36,6 +36,7 @@ def test_prompts_share_their_first_half_within_a_group_and_are_never_the_same() 
     heads = [head["content"] for head, _ in bodies]
     assert heads[:GROUPS] == heads[GROUPS:]
     assert len(set(heads)) == GROUPS
+    assert {len(head) for head in heads} == {2048}
     assert len({tail["content"] for _, tail in bodies}) == 2 * GROUPS
 
 

@@ -24,7 +24,7 @@ from picker.children import supervised
 MODES = ("full",)
 COLUMNS = (
     *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
-    *("added_p50_ms", "added_p99_ms", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
+    *("added_p50_ms", "added_p99_ms", "latency_requests", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
 )
 _EPP = (
     *("epp", "--host", "127.0.0.1", "--secure-serving", "false"),

@@ -33,8 +33,13 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of a source checkout; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """The commit of a source checkout, marked when the files differ from it; None for an installed package."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    return f"{commit}+changes" if commit and _git("status", "--porcelain") else commit
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except OSError:

@@ -27,7 +27,7 @@ DIRECT = "direct"
 PICKER = "picker"
 COLUMNS = (
     *("name", "prompt_bytes", "chunks", "requests_per_s", "cpu_us_per_request", "added_p50_ms", "added_p99_ms"),
-    *("added_chunk_p50_ms", "rss_mb", "cores"),
+    *("latency_requests", "added_chunk_p50_ms", "rss_mb", "cores"),
 )
 _PROXY = re.compile(r"proxy on http://\S+?:(\d+)/v1")
 _READY_TIMEOUT = 60.0
