@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from picker.core.estimate import Ratio
+from picker.core.learned import Factors, Learned
 from picker.core.pick import Picker, max_score
 from picker.core.pool import Pool
 from picker.core.profile import Profile
@@ -65,6 +67,31 @@ def view(of: Pool, **known: Any) -> PoolView:
     """A view of everything in the pool, in the order of joining, at `NOW`."""
     rows = np.array([row for row, _ in of], dtype=np.int64)
     return PoolView(of, rows, known.pop("now", NOW), **known)
+
+
+def learned(
+    *,
+    rows: int = 64,
+    token: float = 1e-3,
+    attention: float = 0.0,
+    step: float = 0.0,
+    sequence: float = 0.0,
+    context: float = 0.0,
+    output_tokens: float = 0.0,
+) -> Learned:
+    """Knowledge of a pool that computes 1,000 tokens a second, at once whatever else is said to take time."""
+    made = Learned(rows)
+    made.prefill.coefficients = np.array([0.0, token, attention, 0.0])
+    made.decode.coefficients = np.array([step, sequence, context])
+    made.output_tokens = Ratio(output_tokens, prior_weight=1.0, keep=1.0)
+    return made
+
+
+def speeds(of: Factors, factors: Iterable[float]) -> None:
+    """Teach rows 0, 1, ... their speeds, of which 1 should be the geometric mean."""
+    for row, factor in enumerate(factors):
+        for _ in range(400):
+            of.add(row, expected=1000.0, took=1000.0 / factor)
 
 
 def blocks(**segments: int) -> UInt64Array:

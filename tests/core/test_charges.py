@@ -15,6 +15,7 @@ def charge(of: Pool, request_id: int = 1, *, tokens: int = 100, context: int = 3
         tokens=tokens,
         context=context,
         predicted=0,
+        work=1000 * tokens,
         booked_at=NOW,
     )
 
@@ -48,10 +49,10 @@ def test_closing_releases_all_that_is_left_once() -> None:
     charges.book(charge(made, 1), expected_s=1.0)
     charges.book(charge(made, 2, tokens=7, context=9), expected_s=1.0)
     charges.first_token(1, NOW)
-    assert charges.close(1) is not None
+    assert charges.close(1, NOW) is not None
     assert booked(made) == (1, 1, 7, 9)
-    assert charges.close(1) is None
-    assert charges.close(2) is not None
+    assert charges.close(1, NOW) is None
+    assert charges.close(2, NOW) is not None
     assert booked(made) == (0, 0, 0, 0)
     assert len(charges) == 0
 
@@ -61,7 +62,7 @@ def test_a_request_that_leaves_before_its_first_token_is_no_sign_of_life() -> No
     charges = Charges(made)
     charges.book(charge(made, 1), expected_s=1.0)
     charges.book(charge(made, 2), expected_s=1.0)
-    charges.close(1)
+    charges.close(1, NOW)
     assert made.progress_at[0] < NOW
     assert made.busy_since[0] == NOW
 
@@ -72,16 +73,16 @@ def test_nothing_is_released_for_an_endpoint_that_has_left_or_given_its_row_away
     for request_id in (1, 2, 3):
         charges.book(charge(made, request_id), expected_s=1.0)
     made.remove(0)
-    left = charges.close(1)
+    left = charges.close(1, NOW)
     assert left is not None
     assert not charges.stands(left)
     assert made.add(endpoint("b"), NOW) == 0
     assert charges.first_token(2, NOW) is None
-    closed = charges.close(2)
+    closed = charges.close(2, NOW)
     assert closed is not None
     assert not charges.stands(closed)
     charges.book(charge(made, 4), expected_s=1.0)
-    charges.close(3)
+    charges.close(3, NOW)
     assert booked(made) == (1, 1, 100, 300)
 
 
@@ -102,8 +103,8 @@ def test_a_silent_prefill_is_over_when_its_time_is() -> None:
     assert booked(made) == (2, 2, 200, 600)
     charges.expire_silent(NOW + 2)
     assert booked(made) == (2, 1, 100, 600)
-    charges.close(1)
-    charges.close(2)
+    charges.close(1, NOW)
+    charges.close(2, NOW)
     charges.expire_silent(NOW + 99)
     assert booked(made) == (0, 0, 0, 0)
 
@@ -112,9 +113,39 @@ def test_the_time_of_a_first_attempt_does_not_end_the_prefill_of_the_second() ->
     made = pool(a=0)
     charges = Charges(made)
     charges.book(charge(made, streaming=False), expected_s=1.0)
-    charges.close(1)
+    charges.close(1, NOW)
     charges.book(charge(made, streaming=False), expected_s=5.0)
     charges.expire_silent(NOW + 4)
     assert booked(made) == (1, 1, 100, 300)
     charges.expire_silent(NOW + 5)
     assert booked(made) == (1, 0, 0, 300)
+
+
+def test_work_distinct_and_decoding_are_released_as_exactly_as_they_are_booked() -> None:
+    made = pool(a=0)
+    charges = Charges(made)
+
+    def columns() -> list[int]:
+        return [int(column[0]) for column in (made.work, made.distinct, made.decoding)]
+
+    charges.book(charge(made, 1), expected_s=1.0)
+    charges.book(charge(made, 2, tokens=7, context=9), expected_s=1.0)
+    assert columns() == [107_000, 107, 0]
+    charges.first_token(1, NOW)
+    assert columns() == [7_000, 107, 300]
+    charges.close(2, NOW)
+    assert columns() == [0, 100, 300]
+    charges.close(1, NOW)
+    assert columns() == [0, 0, 0]
+
+
+def test_a_charge_keeps_when_its_first_token_came_and_the_integrals_of_its_row_then() -> None:
+    made = pool(a=0)
+    charges = Charges(made)
+    for request_id in (1, 2):
+        charges.book(charge(made, request_id), expected_s=1.0)
+    charges.first_token(1, NOW + 1)
+    second = charges.first_token(2, NOW + 3)
+    assert second is not None
+    assert second.first_at == NOW + 3
+    assert second.areas == pytest.approx((2.0, 600.0, 200e-6))

@@ -5,16 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import NOW, pool, request, view
+from fakes import NOW, endpoint, learned, pool, request, speeds, view
 from picker.core.cost import CostModel
+from picker.core.learned import Learned
 from picker.core.pool import Pool
+from picker.core.view import PoolView
 
-SPEED = 1000.0  # tokens per second
+# At 1,000 tokens a second, which `learned` has unless told otherwise.
+NS_PER_TOKEN = 1_000_000
 
 
 def terms(of: Pool, *, prompt_tokens: float = 500.0, now: float = NOW, **known: Any) -> dict[str, list[float]]:
-    fields = {"speed": np.full(len(of), SPEED)} | known
-    seen = view(of, prompt_tokens=prompt_tokens, now=now, **fields)
+    known.setdefault("learned", learned(rows=of.rows))
+    seen = view(of, prompt_tokens=prompt_tokens, now=now, **known)
     return {name: seconds.tolist() for name, seconds in CostModel().terms(seen, request()).items()}
 
 
@@ -25,54 +28,173 @@ def total(of: Pool, *, now: float = NOW, **known: Any) -> list[float]:
 def booked(count: int, tokens: int, *, since: float = 0.0) -> dict[str, float]:
     """So many prefills of so many tokens each, booked `since` seconds ago."""
     backlog = count * tokens
-    since_then = {"busy_since": NOW - since, "awaited": backlog}
-    return {"prefilling": count, "inflight": count, "backlog": backlog} | since_then
+    work = backlog * NS_PER_TOKEN
+    since_then = {"busy_since": NOW - since, "awaited": work}
+    return {"prefilling": count, "inflight": count, "backlog": backlog, "work": work} | since_then
+
+
+def busy(taught: Learned, *, arrivals: float, load: float) -> Learned:
+    """So many requests and so many seconds of prefill each second, for all endpoints together, up to `NOW`."""
+    for number in range(600):
+        taught.booked(load / arrivals, NOW - (599 - number) / arrivals)
+    return taught
+
+
+# --- one term after the other ---
 
 
 def test_an_idle_endpoint_costs_only_its_own_prefill() -> None:
     assert terms(pool(a=0)) == {
         "queue": [0.0],
-        "stall": [0.0],
         "prefill": [0.5],
+        "followers": [0.0],
         "neighbours": [0.0],
-        "foreign": [0.0],
+        "decoding": [0.0],
         "memory": [0.0],
+        "stall": [0.0],
     }
 
 
 def test_what_is_cached_is_not_computed_again() -> None:
-    assert terms(pool(a=0, b=0), uncached=np.array([500.0, 100.0]))["prefill"] == [0.5, 0.1]
+    assert terms(pool(a=0, b=0), uncached=np.array([500.0, 100.0]))["prefill"] == pytest.approx([0.5, 0.1])
+
+
+def test_attention_to_what_is_cached_is_paid_all_the_same() -> None:
+    taught = learned(token=0.0, attention=1e-6)
+    cost = terms(pool(a=0, b=0), uncached=np.array([500.0, 100.0]), learned=taught)
+    assert cost["prefill"] == pytest.approx([1e-6 * 500 * 250, 1e-6 * 100 * 450])
 
 
 def test_a_faster_endpoint_costs_less_for_the_same_work() -> None:
-    made = pool(slow=booked(1, 2000), fast=booked(1, 2000))
-    cost = terms(made, speed=np.array([1000.0, 4000.0]))
-    assert (cost["prefill"], cost["queue"]) == ([0.5, 0.125], [2.0, 0.5])
+    taught = learned()
+    speeds(taught.prefill_speed, (0.5, 2.0))
+    cost = terms(pool(slow=booked(1, 2000), fast=booked(1, 2000)), learned=taught)
+    assert cost["prefill"] == pytest.approx([1.0, 0.25], rel=0.01)
+    assert cost["queue"] == pytest.approx([4.0, 1.0], rel=0.01)
+
+
+def test_a_prefill_takes_the_steps_it_is_cut_into_and_waits_for_the_one_in_progress() -> None:
+    taught = learned(token=0.0, step=0.1)
+    made = pool(idle=0, decodes=1, queued={"prefilling": 2, "inflight": 2, "backlog": 12_000})
+    cost = terms(made, prompt_tokens=8000, learned=taught)
+    assert cost["prefill"] == pytest.approx([0.1, 0.15, 0.35])
+
+
+def test_a_step_is_longer_the_more_decode_and_the_more_they_remember() -> None:
+    taught = learned(token=0.0, sequence=0.01, context=1e-6, output_tokens=200.0)
+    made = pool(few=2, many=10, long={"inflight": 2, "decoding": 99_800})
+    steps = 1.5
+    few, many, long = 0.02 + 200e-6, 0.1 + 1000e-6, 0.02 + 200e-6 + 99_800e-6
+    assert terms(made, learned=taught)["prefill"] == pytest.approx([few * steps, many * steps, long * steps])
 
 
 def test_the_queue_shrinks_by_what_was_done_since_but_not_below_the_prefills_behind_the_first() -> None:
     made = pool(a=booked(2, 1000))
-    assert terms(made)["queue"] == [2.0]
+    assert terms(made)["queue"] == pytest.approx([2.0])
     assert terms(made, now=NOW + 0.4)["queue"] == pytest.approx([1.6])
-    assert terms(made, now=NOW + 50)["queue"] == [1.0]
+    assert terms(made, now=NOW + 50)["queue"] == pytest.approx([1.0])
+
+
+def test_requests_of_other_gateways_cost_their_prefills() -> None:
+    made = pool(alone={"waiting": 2} | booked(2, 1000), shared={"waiting": 5} | booked(2, 1000))
+    assert terms(made)["queue"] == pytest.approx([2.0, 5.0])
+
+
+def test_with_nothing_of_ours_to_go_by_others_are_taken_to_be_like_this_request() -> None:
+    assert terms(pool(a={"waiting": 3}), prompt_tokens=500)["queue"] == pytest.approx([1.5])
+
+
+def test_an_unknown_queue_is_taken_to_be_like_the_others() -> None:
+    queue = terms(pool(known={"waiting": 6}, idle={"waiting": 2}, unknown={}))["queue"]
+    assert queue == pytest.approx([3.0, 1.0, 2.0])
+
+
+def test_nothing_waits_where_nobody_was_scraped() -> None:
+    assert terms(pool(a=0, b=0))["queue"] == [0.0, 0.0]
+
+
+def test_who_comes_next_waits_for_the_queue_and_the_prefill_the_more_the_more_come() -> None:
+    made = pool(idle=0, queued=booked(1, 1000))
+    taught = busy(learned(), arrivals=4.0, load=1.0)
+    arrivals, load = taught.rates(2, NOW)
+    cost = terms(made, learned=taught)["followers"]
+    assert (arrivals, load) == pytest.approx((2.0, 0.5), rel=0.02)
+    factor = arrivals / (2 * (1 - load))
+    assert cost == pytest.approx([0.5 * 0.5 * factor, 0.5 * (2 * 1.0 + 0.5) * factor])
+
+
+def test_a_prefill_is_felt_by_every_request_in_flight_there() -> None:
+    assert terms(pool(a=0, b=10))["neighbours"] == pytest.approx([0.0, 0.35 * 0.5 * 10])
+
+
+def test_an_answer_takes_longer_where_steps_do() -> None:
+    taught = learned(step=0.02, output_tokens=100.0)
+    speeds(taught.decode_speed, (0.5, 2.0))
+    assert terms(pool(slow=0, fast=0), learned=taught)["decoding"] == pytest.approx([1.4, 0.35], rel=0.01)
+
+
+def test_memory_costs_the_share_it_takes_for_as_long_as_it_takes_it() -> None:
+    """500 tokens and 100 of an answer, in a thousand, for 0.5 s of prefill and 101 steps of 0.02 s."""
+    taught = busy(learned(step=0.02, output_tokens=100.0), arrivals=1.0, load=0.1)
+    made = pool(a={"kv_capacity": 1000})
+    held = 0.6 * (0.5 + 0.02 + 2.0)
+    arrivals, _ = taught.rates(1, NOW)
+    assert terms(made, learned=taught)["memory"] == pytest.approx([held * held * arrivals])
+
+
+def test_memory_is_dearer_the_fuller_it_is_and_has_a_price_when_it_is_over_full() -> None:
+    taught = busy(learned(), arrivals=1.0, load=0.1)
+    levels = (0, 500, 900, 950, 5000)
+    made = pool(**{f"a{n}": {"kv_capacity": 1000, "distinct": n} for n in levels})
+    cost = np.array(terms(made, learned=taught)["memory"])
+    assert cost / cost[0] == pytest.approx([1.0, 2.0, 10.0, 20.0, 20.0])
+
+
+def test_a_prompt_that_is_cached_takes_no_memory_of_its_own() -> None:
+    taught = busy(learned(), arrivals=1.0, load=0.1)
+    made = pool(a={"kv_capacity": 1000}, b={"kv_capacity": 1000})
+    cost = terms(made, learned=taught, uncached=np.array([500.0, 0.0]))["memory"]
+    assert cost[0] > cost[1] == 0.0
+
+
+def test_a_capacity_nobody_knows_has_no_price_and_one_unknown_is_like_the_others() -> None:
+    taught = busy(learned(), arrivals=1.0, load=0.1)
+    assert terms(pool(a={"distinct": 99_999}), learned=taught)["memory"] == [0.0]
+    known, unknown = terms(pool(known={"kv_capacity": 1000}, unknown={}), learned=taught)["memory"]
+    assert known == unknown > 0
 
 
 def test_silence_beyond_the_expected_makes_an_endpoint_dearer_by_the_second() -> None:
     made = pool(hangs=booked(1, 1000))
     assert terms(made, now=NOW + 3)["stall"] == [0.0]
-    assert terms(made, now=NOW + 4)["stall"] == [1.0]
-    assert terms(made, now=NOW + 60)["stall"] == [57.0]
+    assert terms(made, now=NOW + 4)["stall"] == pytest.approx([1.0])
+    assert terms(made, now=NOW + 60)["stall"] == pytest.approx([57.0])
+
+
+def test_a_slow_endpoint_is_given_the_time_it_takes() -> None:
+    taught = learned()
+    speeds(taught.prefill_speed, (0.5, 2.0))
+    made = pool(slow=booked(1, 1000), fast=booked(1, 1000))
+    assert terms(made, now=NOW + 5, learned=taught)["stall"] == pytest.approx([0.0, 3.0], abs=0.02)
+
+
+# --- all together ---
 
 
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(0, 5), tokens=st.integers(0, 9000), more=st.integers(0, 9000), silent=st.floats(0.0, 100.0))
 def test_more_work_never_makes_an_endpoint_cheaper(count: int, tokens: int, more: int, silent: float) -> None:
-    made = pool(a=0)
+    taught = busy(learned(step=0.02, sequence=1e-4, output_tokens=100.0), arrivals=1.0, load=0.3)
+    made = pool(a={"kv_capacity": 50_000})
+
+    def book(tokens: int, at: float) -> None:
+        made.book(0, tokens=tokens, context=tokens, work=tokens * NS_PER_TOKEN, now=at)
+
     for _ in range(count):
-        made.book(0, tokens=tokens, context=tokens, now=NOW)
-    before = total(made, now=NOW + silent)
-    made.book(0, tokens=more, context=more, now=NOW + silent)
-    assert total(made, now=NOW + silent)[0] >= before[0] - 1e-9
+        book(tokens, NOW)
+    before = total(made, now=NOW + silent, learned=taught)
+    book(more, NOW + silent)
+    assert total(made, now=NOW + silent, learned=taught)[0] >= before[0] - 1e-9
 
 
 def test_a_hanging_endpoint_soon_costs_more_than_a_busy_one_that_moves() -> None:
@@ -84,87 +206,84 @@ def test_a_hanging_endpoint_soon_costs_more_than_a_busy_one_that_moves() -> None
     assert hangs > moves
 
 
-def test_a_prefill_is_felt_by_every_request_in_flight_there() -> None:
-    assert terms(pool(a=0, b=10))["neighbours"] == pytest.approx([0.0, 0.35 * 0.5 * 10])
-
-
-def test_requests_of_other_gateways_cost_their_prefills() -> None:
-    made = pool(alone={"waiting": 2} | booked(2, 1000), shared={"waiting": 5} | booked(2, 1000))
-    assert terms(made)["foreign"] == [0.0, 3.0]
-
-
-def test_nothing_foreign_is_assumed_when_nobody_was_scraped() -> None:
-    assert terms(pool(a=0, b=0))["foreign"] == [0.0, 0.0]
-
-
-def test_an_unknown_queue_is_taken_to_be_like_the_others() -> None:
-    foreign = terms(pool(known={"waiting": 6}, idle={"waiting": 2}, unknown={}))["foreign"]
-    assert foreign == [3.0, 1.0, 2.0]
-
-
 @pytest.mark.parametrize("column", ["waiting", "kv_usage", "kv_capacity", "running"])
 def test_an_endpoint_never_scraped_is_neither_shunned_nor_flooded(column: str) -> None:
     level = {"waiting": 2.0, "kv_usage": 0.5, "kv_capacity": 50_000.0, "running": 4.0}
     without = {name: value for name, value in level.items() if name != column}
-    known, unknown = total(pool(known=level, unknown=without))
+    taught = busy(learned(step=0.02, output_tokens=100.0), arrivals=1.0, load=0.1)
+    known, unknown = total(pool(known=level, unknown=without), learned=taught)
     assert known == pytest.approx(unknown)
 
 
-def test_memory_is_free_up_to_the_headroom_and_then_costs_what_must_be_computed_again() -> None:
-    made = pool(
-        fits={"kv_capacity": 10_000, "context": 8_500},
-        over={"kv_capacity": 10_000, "context": 9_500},
-    )
-    assert terms(made)["memory"] == pytest.approx([0.0, 1.0])
+def test_without_candidates_there_are_no_costs() -> None:
+    assert all(seconds == [] for seconds in terms(pool()).values())
 
 
-def test_a_capacity_nobody_knows_has_no_price_and_one_unknown_is_like_the_others() -> None:
-    assert terms(pool(a={"context": 99_999}))["memory"] == [0.0]
-    made = pool(known={"kv_capacity": 10_000, "context": 9_500}, unknown={"context": 9_500})
-    assert terms(made)["memory"] == pytest.approx([1.0, 1.0])
-    made = pool(full={"kv_capacity": 10_000, "kv_usage": 1.0}, unknown={"kv_capacity": 10_000})
-    assert terms(made)["memory"] == pytest.approx([1.0, 1.0])
-
-
-def test_memory_counts_what_a_scrape_shows_when_that_is_more() -> None:
-    made = pool(a={"kv_capacity": 10_000, "kv_usage": 0.95}, b={"kv_capacity": 10_000, "kv_usage": 0.2})
-    assert terms(made)["memory"] == pytest.approx([0.5, 0.0])
-
-
-numbers = st.floats(0, 1e6)
-scraped = st.none() | numbers
 columns = st.fixed_dictionaries(
     {
-        "awaited": st.integers(0, 10**7),
         "prefilling": st.integers(0, 100),
-        "inflight": st.integers(0, 500),
+        "decodes": st.integers(0, 500),
         "backlog": st.integers(0, 10**7),
-        "context": st.integers(0, 10**8),
-        "silent": st.floats(0, 1e4),
-        "waiting": scraped,
-        "kv_usage": st.none() | st.floats(0, 1),
+        "work": st.integers(0, 10**13),
+        "awaited": st.integers(0, 10**13),
+        "distinct": st.integers(0, 10**8),
+        "decoding": st.integers(0, 10**8),
+        "silent": st.floats(0, 1e7),
+        "waiting": st.none() | st.floats(0, 1e6),
         "kv_capacity": st.none() | st.floats(1, 1e8),
-        "speed": st.floats(0.1, 1e6),
         "cached": st.floats(0, 1),
+        "speed": st.floats(1e-3, 1e3),
     }
 )
+BOOKED = ("prefilling", "backlog", "work", "awaited", "distinct", "decoding", "waiting", "kv_capacity")
+
+
+def pool_of(states: list[dict[str, Any]]) -> Pool:
+    made = Pool(rows=4)
+    for number, state in enumerate(states):
+        row = made.add(endpoint(f"e{number}"), NOW)
+        for column in BOOKED:
+            if state[column] is not None:
+                getattr(made, column)[row] = state[column]
+        made.inflight[row] = state["prefilling"] + state["decodes"]
+        made.busy_since[row] = NOW - state["silent"]
+    return made
 
 
 @settings(max_examples=80, deadline=None)
-@given(states=st.lists(columns, min_size=1, max_size=4), prompt=st.floats(0, 1e6))
+@given(
+    states=st.lists(columns, min_size=0, max_size=4),
+    prompt=st.just(0.0) | st.floats(0, 1e6),
+    coefficients=st.lists(st.just(0.0) | st.floats(0, 1.0), min_size=5, max_size=5),
+    output_tokens=st.floats(0, 1e5),
+    bookings=st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 100)), max_size=5),
+)
 def test_every_term_is_a_finite_number_of_seconds_and_none_is_negative(
-    states: list[dict[str, float | None]], prompt: float
+    states: list[dict[str, Any]],
+    prompt: float,
+    coefficients: list[float],
+    output_tokens: float,
+    bookings: list[tuple[float, float]],
 ) -> None:
-    made = pool()
-    for number, state in enumerate(states):
-        row = made.add(next(each for _, each in pool(**{f"e{number}": 0})), NOW)
-        for column in ("prefilling", "inflight", "backlog", "awaited", "context", "waiting", "kv_usage", "kv_capacity"):
-            if state[column] is not None:
-                getattr(made, column)[row] = state[column]
-        made.busy_since[row] = NOW - (state["silent"] or 0.0)
-    speed = np.array([state["speed"] for state in states], dtype=np.float64)
+    token, attention, step, sequence, context = coefficients
+    made = pool_of(states)
+    taught = learned(
+        rows=made.rows,
+        token=token,
+        attention=attention,
+        step=step,
+        sequence=sequence,
+        context=context,
+        output_tokens=output_tokens,
+    )
+    for row, state in enumerate(states):
+        taught.prefill_speed.add(row, expected=1.0, took=state["speed"])
+        taught.decode_speed.add(row, expected=state["speed"], took=1.0)
+    for seconds, before in sorted(bookings, key=lambda each: -each[1]):
+        taught.booked(seconds, NOW - before)
     uncached = prompt * np.array([state["cached"] for state in states], dtype=np.float64)
-    cost = terms(made, prompt_tokens=prompt, speed=speed, uncached=uncached)
-    for name, seconds in cost.items():
-        assert np.isfinite(seconds).all(), name
-        assert min(seconds) >= 0.0, name
+    seen = PoolView(made, np.arange(len(states)), NOW, prompt_tokens=prompt, uncached=uncached, learned=taught)
+    for name, term in CostModel().terms(seen, request()).items():
+        assert term.shape == (len(states),), name
+        assert np.isfinite(term).all(), name
+        assert (term >= 0.0).all(), name

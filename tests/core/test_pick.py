@@ -53,6 +53,12 @@ def test_a_tie_at_the_last_place_is_open_to_all() -> None:
     assert seconds == {1, 2, 3}
 
 
+def test_a_tie_among_the_best_is_open_to_all_of_them() -> None:
+    generator = rng()
+    firsts = {int(max_score(np.array([9.0, 9.0, 9.0, 1.0, 0.0]), 4, generator)[0]) for _ in range(60)}
+    assert firsts == {0, 1, 2}
+
+
 def test_weights_draw_in_proportion_and_never_the_worst_first() -> None:
     generator, firsts = rng(), np.zeros(3)
     for _ in range(2000):

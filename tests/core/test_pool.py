@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def test_an_unknown_number_is_nan_and_a_count_is_zero() -> None:
     row = made.row("a")
     for column in ("waiting", "running", "kv_usage", "kv_capacity", "observed_at", "started_at", "block_size"):
         assert np.isnan(getattr(made, column)[row]), column
-    for column in ("inflight", "prefilling", "backlog", "context", "failures", "last_pick"):
+    for column in ("inflight", "prefilling", "backlog", "work", "context", "distinct", "decoding", "last_pick"):
         assert getattr(made, column)[row] == 0, column
 
 
@@ -72,11 +74,11 @@ def test_growing_keeps_everything_in_its_row() -> None:
         row = made.add(endpoint(name, models=[f"model-{name}"], role=Role.DECODE), NOW)
         made.set_adapters(row, frozenset({f"lora-{name}"}))
         made.waiting[row] = row
-        made.book(row, tokens=10 * row, context=20 * row, now=NOW)
+        made.book(row, tokens=10 * row, context=20 * row, work=30 * row, now=NOW)
     assert (made.rows, len(made)) == (8, 5)
     for row, each in made:
         assert made.waiting[row] == row
-        assert (made.backlog[row], made.context[row]) == (10 * row, 20 * row)
+        assert (made.backlog[row], made.context[row], made.work[row]) == (10 * row, 20 * row, 30 * row)
         assert list(np.flatnonzero(made.serving(f"model-{each.name}"))) == [row]
         active = made.active_adapter(f"lora-{each.name}")
         assert active is not None
@@ -126,37 +128,90 @@ def test_the_last_endpoint_at_an_address_is_the_one_found_there() -> None:
     assert made.row_of_address("10.0.0.1:80") == 1
 
 
+def book(of: Pool, tokens: int, now: float = NOW) -> None:
+    """A prompt of twice so many tokens, half of it cached, at a microsecond a token."""
+    of.book(0, tokens=tokens, context=2 * tokens, work=1000 * tokens, now=now)
+
+
+def prefilled(of: Pool, tokens: int, now: float = NOW) -> None:
+    of.prefilled(0, tokens=tokens, context=2 * tokens, work=1000 * tokens, now=now)
+
+
+def test_a_request_is_in_every_column_until_it_leaves_it() -> None:
+    made = pool(a=0)
+    columns = ("inflight", "prefilling", "backlog", "work", "context", "distinct", "decoding")
+
+    def booked() -> tuple[int, ...]:
+        return tuple(int(getattr(made, column)[0]) for column in columns)
+
+    book(made, 5)
+    assert booked() == (1, 1, 5, 5000, 10, 5, 0)
+    prefilled(made, 5)
+    assert booked() == (1, 0, 0, 0, 10, 5, 10)
+    made.release(0, tokens=5, context=10, decoding=True, now=NOW)
+    assert booked() == (0, 0, 0, 0, 0, 0, 0)
+
+
 def test_busy_since_is_when_the_first_of_the_open_prefills_began() -> None:
     made = pool(a=0)
-    made.book(0, tokens=5, context=5, now=NOW)
-    made.book(0, tokens=5, context=5, now=NOW + 1)
+    book(made, 5)
+    book(made, 5, NOW + 1)
     assert made.busy_since[0] == NOW
-    made.prefilled(0, tokens=5, now=NOW + 2)
-    made.prefilled(0, tokens=5, now=NOW + 3)
+    prefilled(made, 5, NOW + 2)
+    prefilled(made, 5, NOW + 3)
     assert made.progress_at[0] == NOW + 3
-    made.book(0, tokens=5, context=5, now=NOW + 4)
+    book(made, 5, NOW + 4)
     assert made.busy_since[0] == NOW + 4
 
 
 def test_what_is_booked_during_a_silence_is_not_what_the_silence_awaits() -> None:
     made = pool(a=0)
-    made.book(0, tokens=5, context=5, now=NOW)
-    made.book(0, tokens=70, context=70, now=NOW + 1)
-    assert made.awaited[0] == 5
-    made.prefilled(0, tokens=5, now=NOW + 2)
-    made.book(0, tokens=900, context=900, now=NOW + 3)
-    assert made.awaited[0] == 70
+    book(made, 5)
+    book(made, 70, NOW + 1)
+    assert made.awaited[0] == 5000
+    prefilled(made, 5, NOW + 2)
+    book(made, 900, NOW + 3)
+    assert made.awaited[0] == 70_000
+
+
+def test_integrals_count_who_decodes_for_as_long_as_it_does() -> None:
+    made = pool(a=0)
+    book(made, 50, NOW)
+    prefilled(made, 50, NOW + 5)
+    book(made, 100, NOW + 6)
+    prefilled(made, 100, NOW + 8)
+    made.release(0, tokens=50, context=100, decoding=True, now=NOW + 9)
+    made.integrate(0, NOW + 12)
+    assert made.decodes_area[0] == pytest.approx(3 + 2 * 1 + 3)
+    assert made.context_area[0] == pytest.approx(3 * 100 + 1 * 300 + 3 * 200)
+    assert made.prefill_area[0] == pytest.approx(150e-6)
 
 
 def test_releasing_what_was_not_booked_raises() -> None:
     made = pool(a=0)
     with pytest.raises(AssertionError, match="a prefill was released twice"):
-        made.prefilled(0, tokens=0, now=NOW)
+        prefilled(made, 0)
     with pytest.raises(AssertionError, match="a charge was released twice"):
-        made.release(0, context=0)
+        made.release(0, tokens=0, context=0, decoding=False, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [({"tokens": 6}, "more tokens"), ({"work": 8}, "more work")], ids=["tokens", "work"]
+)
+def test_a_prefill_that_is_larger_than_booked_raises(more: dict[str, int], message: str) -> None:
     made = pool(a=0)
-    made.book(0, tokens=5, context=7, now=NOW)
-    with pytest.raises(AssertionError, match="more tokens"):
-        made.prefilled(0, tokens=6, now=NOW)
-    with pytest.raises(AssertionError, match="more context"):
-        made.release(0, context=8)
+    made.book(0, tokens=5, context=6, work=7, now=NOW)
+    with pytest.raises(AssertionError, match=message):
+        made.prefilled(0, **({"tokens": 5, "context": 6, "work": 7} | more), now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"context": 8}, "more context"), ({"tokens": 6}, "more distinct"), ({"decoding": True}, "more decoding")],
+    ids=["context", "tokens", "decoding"],
+)
+def test_a_request_that_is_larger_than_booked_raises(more: dict[str, Any], message: str) -> None:
+    made = pool(a=0)
+    made.book(0, tokens=5, context=7, work=0, now=NOW)
+    with pytest.raises(AssertionError, match=message):
+        made.release(0, **({"tokens": 5, "context": 7, "decoding": False} | more), now=NOW)

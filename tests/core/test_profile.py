@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fakes import pool, request, view
+from fakes import learned, pool, request, view
 from picker.core.cost import CostModel
 from picker.core.profile import Cost, Weighted
 from picker.core.view import PoolView
@@ -39,6 +39,6 @@ def test_cost_ranks_the_cheapest_highest_and_shows_its_terms() -> None:
 
 
 def test_cost_uses_the_model_it_is_given() -> None:
-    seen = view(pool(a=3), prompt_tokens=10.0)
-    _, parts = Cost(CostModel(neighbour_weight=2.0)).rank(seen, request())
+    seen = view(pool(a=3), prompt_tokens=10.0, learned=learned(token=1.0))
+    _, parts = Cost(CostModel(latency_weight=2.0)).rank(seen, request())
     assert parts["neighbours"].tolist() == [60.0]

@@ -203,19 +203,23 @@ def test_the_next_request_of_a_group_finds_what_the_first_has_only_just_been_sen
 
 
 def test_an_endpoint_that_left_leaves_no_memory_in_its_row() -> None:
-    subject = scheduler("a")
+    subject = scheduler("a", "b")
     cached(subject, blocks(document=100), "a")
-    for number in range(9):
-        serve(subject, request(number, prompt_bytes=40_000), "a", seconds=20.0)
+    for number in range(20):
+        for name, seconds in (("a", 20.0), ("b", 2.0)):
+            asked = request(2 * number + (name == "b"), prompt_bytes=40_000, subset=pinned(name))
+            serve(subject, asked, name, seconds=seconds, now=NOW + 100 * number)
     subject.apply(load("a", waiting=9, kv_usage=0.9, kv_capacity_tokens=1000), NOW)
-    row, slow = subject.pool.row("a"), subject.snapshot(NOW)[0].prefill_tokens_per_s
+    row = subject.pool.row("a")
+    slow, fast = (state.prefill_tokens_per_s for state in subject.snapshot(NOW))
+    assert slow < 0.5 * fast
     subject.apply(EndpointRemoved("a"), NOW)
-    subject.apply(EndpointAdded(endpoint("b")), NOW)
-    assert subject.pool.row("b") == row
-    assert decide(subject, request(50, blocks(document=100))).matched_blocks == 0
-    state = subject.snapshot(NOW)[0]
+    subject.apply(EndpointAdded(endpoint("c")), NOW)
+    assert subject.pool.row("c") == row
+    assert decide(subject, request(50, blocks(document=100), subset=pinned("c"))).matched_blocks == 0
+    known, state = subject.snapshot(NOW)
     assert (state.waiting, state.kv_usage, state.kv_capacity_tokens, state.index_trust) == (None, None, None, 1.0)
-    assert state.prefill_tokens_per_s > slow
+    assert state.prefill_tokens_per_s == known.prefill_tokens_per_s
 
 
 def test_what_is_heard_late_of_an_endpoint_that_left_teaches_its_row_nothing() -> None:
@@ -489,27 +493,77 @@ def test_a_faster_endpoint_gets_more() -> None:
 def test_prefills_that_end_in_one_step_are_all_credited_with_it() -> None:
     together, apart = scheduler("a"), scheduler("a")
     for turn in range(100):
-        start = NOW + 10.0 * turn
+        start, tokens = NOW + 100.0 * turn, 500 * (1 + turn % 8)
+        step = tokens / 4000.0
+        for number in range(4):
+            for subject in (together, apart):
+                picked(subject, request(10 * turn + number, prompt_bytes=4 * tokens), start)
         for number in range(4):
             request_id = 10 * turn + number
+            together.apply(FirstToken(request_id), start + 4 * step)
+            apart.apply(FirstToken(request_id), start + step * (number + 1))
             for subject in (together, apart):
-                picked(subject, request(request_id), start)
-            together.apply(FirstToken(request_id), start + 1.0)
-            apart.apply(FirstToken(request_id), start + 0.25 * (number + 1))
-            for subject in (together, apart):
-                subject.apply(Finished(request_id, 200), start + 2.0)
-    speeds = [subject.snapshot(NOW)[0].prefill_tokens_per_s for subject in (together, apart)]
-    assert speeds[0] == pytest.approx(speeds[1], rel=0.05)
-    assert speeds[0] == pytest.approx(4000.0, rel=0.2)
+                subject.apply(Finished(request_id, 200), start + 50.0)
+    for subject in (together, apart):
+        assert subject.snapshot(NOW)[0].prefill_tokens_per_s == pytest.approx(4000.0, rel=0.1)
 
 
-@pytest.mark.parametrize("fields", [{"streaming": False}, {"prompt_bytes": 400}])
-def test_a_first_token_that_tells_nothing_of_speed_teaches_nothing(fields: dict[str, Any]) -> None:
+def test_a_first_token_nobody_sees_teaches_nothing() -> None:
     subject = scheduler("a")
     before = subject.snapshot(NOW)[0].prefill_tokens_per_s
     for number in range(20):
-        serve(subject, request(number, **fields), "a", seconds=30.0)
+        serve(subject, request(number, streaming=False), "a", seconds=30.0, now=NOW + 100 * number)
     assert subject.snapshot(NOW)[0].prefill_tokens_per_s == before
+
+
+def streamed(subject: Scheduler, request_id: int, *, tokens: int, seconds: float, **fields: Any) -> None:
+    """A request that had its first token at once and the last one after so many seconds."""
+    now = NOW + 1000.0 * request_id
+    picked(subject, request(request_id, **fields), now)
+    subject.apply(FirstToken(request_id), now + 0.1)
+    subject.apply(Finished(request_id, 200, Usage(1000, tokens)), now + 0.1 + seconds)
+
+
+def test_how_long_and_how_fast_answers_are_is_learned_from_whole_streams() -> None:
+    subject = scheduler("a")
+    for number in range(200):
+        streamed(subject, number, tokens=101, seconds=5.0)
+    assert subject.learned.output_tokens.value == pytest.approx(101, rel=0.05)
+    step = subject.learned.step(np.array([1]), np.array([1050.0]))
+    assert step.tolist() == pytest.approx([0.05], rel=0.05)
+
+
+def test_a_stream_is_not_blamed_for_the_prefills_it_waited_for() -> None:
+    """Half of the time of every stream goes to the prefill of another."""
+    subject = scheduler("a")
+    for number in range(200):
+        now = NOW + 1000.0 * number
+        picked(subject, request(2 * number), now)
+        subject.apply(FirstToken(2 * number), now + 0.1)
+        picked(subject, request(2 * number + 1, prompt_tokens=50_000), now + 1.0)
+        prefill = subject.learned.work(50_000.0, 50_000.0)
+        subject.apply(FirstToken(2 * number + 1), now + 1.0 + prefill)
+        subject.apply(Finished(2 * number, 200, Usage(1000, 101)), now + 0.1 + 5.0 + prefill)
+        subject.apply(Finished(2 * number + 1, 200), now + 500.0)
+    step = subject.learned.step(np.array([1]), np.array([1050.0]))
+    assert step.tolist() == pytest.approx([0.05], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"extra_bytes": 4000}, {"streaming": False}, {"tokens": 15}], ids=["batch", "silent", "short"]
+)
+def test_an_answer_that_tells_nothing_of_decoding_teaches_nothing_about_it(fields: dict[str, Any]) -> None:
+    subject = scheduler("a")
+    for number in range(20):
+        streamed(subject, number, **({"tokens": 101, "seconds": 5.0} | fields))
+    assert subject.learned.decode.count == 0
+
+
+def test_a_capacity_of_zero_is_one_nobody_has_told_yet() -> None:
+    subject = scheduler("a")
+    subject.apply(load("a", kv_capacity_tokens=0), NOW)
+    assert subject.snapshot(NOW)[0].kv_capacity_tokens is None
+    assert np.isfinite(decide(subject, request(1)).ranking.total).all()  # type: ignore[union-attr]
 
 
 # --- tokens and trust, learned from usage ---

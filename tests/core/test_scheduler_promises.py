@@ -36,6 +36,8 @@ NAMES = ("a", "b", "c")
 names = st.sampled_from(NAMES)
 which = st.integers(0, 30)
 maybe = st.booleans()
+# Booked and released to the last token: what is booked is always the sum over the open charges.
+EXACT = ("inflight", "context", "distinct", "prefilling", "backlog", "work", "decoding")
 PROMPTS = (blocks(), blocks(shared=6, x=3), blocks(shared=6, y=3), blocks(shared=1), blocks(z=200))
 
 
@@ -90,6 +92,8 @@ class Interleavings(RuleBasedStateMachine):
             return
         row = self.subject.pool.row(outcome.endpoint.name)
         assert row is not None
+        assert outcome.ranking is not None
+        assert np.isfinite(outcome.ranking.total).all()
         assert filters.alive(self.subject.pool, self.now)[row]
         assert outcome.endpoint.name not in asked.exclude
         assert asked.subset is None or outcome.endpoint.address in asked.subset
@@ -131,10 +135,15 @@ class Interleavings(RuleBasedStateMachine):
         self.tell(ResponseStarted(self.one_of_the_open(number), 200, f"{name}:8000"))
 
     @precondition(lambda self: self.open)
-    @rule(number=which, status=st.sampled_from([200, 200, 400, 500]), cached=st.none() | st.integers(0, 500))
-    def finish(self, number: int, status: int, cached: int | None) -> None:
+    @rule(
+        number=which,
+        status=st.sampled_from([200, 200, 400, 500]),
+        cached=st.none() | st.integers(0, 500),
+        answer=st.sampled_from([0, 9, 200]),
+    )
+    def finish(self, number: int, status: int, cached: int | None, answer: int) -> None:
         request_id = self.one_of_the_open(number)
-        self.end(request_id, Finished(request_id, status, Usage(500, 9, cached)))
+        self.end(request_id, Finished(request_id, status, Usage(500, answer, cached)))
 
     @precondition(lambda self: self.open)
     @rule(number=which, reason=st.sampled_from(FailureReason))
@@ -204,15 +213,31 @@ class Interleavings(RuleBasedStateMachine):
             return
         pool, charges = self.subject.pool, self.subject.charges
         assert len(charges) == len(self.open)
-        expected = np.zeros((pool.rows, 4), dtype=np.int64)
+        expected = np.zeros((pool.rows, len(EXACT)), dtype=np.int64)
         for request_id in self.open:
             charge = charges.get(request_id)
             assert charge is not None
             if charges.stands(charge):
-                prefill = (1, charge.tokens) if charge.prefilling else (0, 0)
-                expected[charge.row] += (1, charge.context, *prefill)
-        booked = np.stack([pool.inflight, pool.context, pool.prefilling, pool.backlog], axis=1)
+                ahead = (1, charge.tokens, charge.work, 0)
+                past = (0, 0, 0, charge.context)
+                expected[charge.row] += (1, charge.context, charge.tokens, *(ahead if charge.prefilling else past))
+        booked = np.stack([getattr(pool, column) for column in EXACT], axis=1)
         np.testing.assert_array_equal(booked[pool.present], expected[pool.present])
+
+    @invariant()
+    def what_was_learned_makes_sense(self) -> None:
+        if not hasattr(self, "subject"):
+            return
+        pool, learned = self.subject.pool, self.subject.learned
+        for column in (pool.decodes_area, pool.context_area, pool.prefill_area):
+            assert (column >= 0).all()
+        for model in (learned.prefill, learned.decode):
+            assert np.isfinite(model.coefficients).all()
+            assert (model.coefficients >= 0).all()
+        for speed in (learned.prefill_speed.value, learned.decode_speed.value):
+            assert speed.size == pool.rows
+            assert np.isfinite(speed).all()
+            assert (speed > 0).all()
 
     @invariant()
     def the_queue_holds_who_waits(self) -> None:
@@ -226,8 +251,8 @@ class Interleavings(RuleBasedStateMachine):
             self.tell(Failed(request_id, FailureReason.SHUTDOWN))
         pool = self.subject.pool
         assert (len(self.subject.charges), len(self.subject.queue)) == (0, 0)
-        for column in (pool.inflight, pool.context, pool.prefilling, pool.backlog):
-            assert not column[pool.present].any()
+        for column in EXACT:
+            assert not getattr(pool, column)[pool.present].any(), column
 
 
 TestInterleavings = Interleavings.TestCase

@@ -1,6 +1,9 @@
-import numpy as np
+from contextlib import suppress
 
-from fakes import NOW, pool, view
+import numpy as np
+import pytest
+
+from fakes import NOW, learned, pool, speeds, view
 from picker.core.view import PoolView
 
 
@@ -11,24 +14,26 @@ def test_a_view_shows_the_candidates_in_the_order_asked_for() -> None:
     assert seen.n == 2
 
 
-def test_writing_to_a_column_of_a_view_leaves_the_pool_alone() -> None:
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 1, 0], [1, 0, 2], [0, 2], [1], [2], [0, 2, 1], [2, 1], []])
+def test_a_view_shows_each_row_its_own_whatever_the_order(rows: list[int]) -> None:
+    made = pool(a={"waiting": 0}, b={"waiting": 1}, c={"waiting": 2})
+    assert PoolView(made, np.array(rows, dtype=np.int64), NOW).waiting.tolist() == rows
+
+
+SCRAPED = ("waiting", "running", "kv_usage", "kv_capacity", "age", "adapter_active", "adapter_room")
+BOOKED = ("inflight", "prefilling", "backlog", "work", "awaited", "context", "distinct", "decoding", "last_pick")
+LEARNED = ("prefill_speed", "decode_speed")
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1]], ids=["everyone", "some"])
+def test_writing_to_a_column_of_a_view_leaves_the_pool_alone(rows: list[int]) -> None:
     made = pool(a={"waiting": 1, "inflight": 1}, b={"waiting": 2})
     made.set_adapters(0, frozenset({"lora"}))
-    seen = view(made, model="lora")
-    names = (
-        "waiting",
-        "running",
-        "kv_usage",
-        "kv_capacity",
-        "inflight",
-        "prefilling",
-        "backlog",
-        "context",
-        "last_pick",
-    )
-    for name in (*names, "age", "idle_for", "adapter_active", "adapter_room"):
-        before = getattr(seen, name)
-        getattr(seen, name)[:] = 99
+    seen = PoolView(made, np.array(rows), NOW, model="lora")
+    for name in (*SCRAPED, *BOOKED, *LEARNED):
+        before = getattr(seen, name).copy()
+        with suppress(ValueError):  # read-only, where it is the pool's own
+            getattr(seen, name)[:] = 99
         np.testing.assert_array_equal(getattr(seen, name), before, err_msg=name)
 
 
@@ -37,14 +42,28 @@ def test_age_is_unknown_before_the_first_scrape() -> None:
     np.testing.assert_array_equal(seen.age, [3.0, np.nan])
 
 
-def test_an_endpoint_is_idle_for_as_long_as_its_prefills_bring_nothing() -> None:
+def test_an_endpoint_is_silent_for_as_long_as_its_prefills_bring_nothing() -> None:
     made = pool(
         quiet={"busy_since": NOW - 9, "progress_at": NOW - 8},
         waits={"prefilling": 1, "busy_since": NOW - 5},
         moves={"prefilling": 1, "busy_since": NOW - 5, "progress_at": NOW - 2},
         fresh={"prefilling": 1, "busy_since": NOW - 1, "progress_at": NOW - 2},
     )
-    assert list(view(made).idle_for) == [0, 5, 2, 1]
+    seen = view(made)
+    assert list(seen.silence(seen.prefilling)) == [0, 5, 2, 1]
+
+
+def test_work_is_booked_in_nanoseconds_and_seen_in_seconds() -> None:
+    seen = view(pool(a={"work": 2_500_000_000, "awaited": 500_000_000}))
+    assert (seen.work.tolist(), seen.awaited.tolist()) == ([2.5], [0.5])
+
+
+def test_speeds_are_those_of_the_candidates() -> None:
+    taught = learned()
+    speeds(taught.prefill_speed, (0.5, 1.0, 2.0))
+    seen = PoolView(pool(a=0, b=0, c=0), np.array([2, 0]), NOW, learned=taught)
+    assert seen.prefill_speed.tolist() == pytest.approx([2.0, 0.5], rel=0.01)
+    assert seen.decode_speed.tolist() == [1.0, 1.0]
 
 
 def test_room_for_an_adapter_is_false_where_the_engine_does_not_say() -> None:

@@ -15,6 +15,8 @@ class Charge:
     """One booking. A row under another generation has been left by its endpoint: nothing is released there.
 
     tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.
+    work: nanoseconds of prefill expected at the pool's mean speed. was_idle: nothing was in flight there. first_at,
+    areas: when the first token came, and the row's integrals then.
     expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
     """
 
@@ -24,9 +26,13 @@ class Charge:
     tokens: int
     context: int
     predicted: int
+    work: int
     booked_at: float
+    was_idle: bool = False
     prefilling: bool = True
     expected_at: float = math.inf
+    first_at: float = math.inf
+    areas: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class Charges:
@@ -50,7 +56,9 @@ class Charges:
         """Open a charge. expected_s: after so long the prefill of a request that does not stream is taken as done."""
         assert charge.request.id not in self._open, "a request was booked twice"
         self._open[charge.request.id] = charge
-        self._pool.book(charge.row, tokens=charge.tokens, context=charge.context, now=charge.booked_at)
+        self._pool.book(
+            charge.row, tokens=charge.tokens, context=charge.context, work=charge.work, now=charge.booked_at
+        )
         if not charge.request.streaming:
             charge.expected_at = charge.booked_at + expected_s
             heapq.heappush(self._expected, (charge.expected_at, charge.request.id))
@@ -63,16 +71,20 @@ class Charges:
         charge.prefilling = False
         if not self._stands(charge):
             return None
-        self._pool.prefilled(charge.row, tokens=charge.tokens, now=now)
+        row, pool = charge.row, self._pool
+        pool.prefilled(row, tokens=charge.tokens, context=charge.context, work=charge.work, now=now)
+        charge.first_at = now
+        charge.areas = float(pool.decodes_area[row]), float(pool.context_area[row]), float(pool.prefill_area[row])
         return charge
 
-    def close(self, request_id: int) -> Charge | None:
+    def close(self, request_id: int, now: float) -> Charge | None:
         """Release all that is left; None when the request has no open charge."""
         charge = self._open.pop(request_id, None)
         if charge is not None and self._stands(charge):
             if charge.prefilling:
-                self._pool.abandoned(charge.row, tokens=charge.tokens)
-            self._pool.release(charge.row, context=charge.context)
+                self._pool.abandoned(charge.row, tokens=charge.tokens, work=charge.work)
+            decoding = not charge.prefilling
+            self._pool.release(charge.row, tokens=charge.tokens, context=charge.context, decoding=decoding, now=now)
         return charge
 
     def stands(self, charge: Charge) -> bool:

@@ -20,12 +20,12 @@ def candidates(pool: Pool, request: Request, now: float) -> BoolArray | Rejectio
     if request.model and len(pool) and not pool.has_model(request.model):
         return unknown_model(pool, request)
     living = alive(pool, now) & pool.serving(request.model)
-    if not living.any():
-        return nobody(pool, request)
     wanted = living & asked_for(pool, request)
     rested = wanted & (pool.ejected_until <= now)
-    if rested.any():
+    if np.count_nonzero(rested):
         return rested
+    if not living.any():
+        return nobody(pool, request)
     if wanted.any():
         return wanted
     message = "No endpoint of the pool is within the given subset, role and attempts."

@@ -40,14 +40,22 @@ COLUMNS: dict[str, bool | int | float] = {
     "inflight": 0,  # requests
     "prefilling": 0,  # of these, requests whose first token has not come
     "backlog": 0,  # uncached prompt tokens of the prefilling ones
+    "work": 0,  # of the prefilling ones, nanoseconds of prefill on an endpoint of mean speed
     "context": 0,  # prompt tokens of all in flight: what they occupy in the KV cache
+    "distinct": 0,  # of these, the ones that were not cached when they came
+    "decoding": 0,  # prompt tokens of those past their first token
+    # what happened on a row so far: integrals over time, up to `area_at`
+    "area_at": 0.0,
+    "decodes_area": 0.0,  # requests decoding, seconds
+    "context_area": 0.0,  # their context, token seconds
+    "prefill_area": 0.0,  # seconds of prefill done, on an endpoint of mean speed
     "last_pick": 0,  # number of the decision that picked it last
     # learned
     "failures": 0,  # consecutive
     "succeeded_at": -np.inf,  # the latest good answer; a fault since then takes it back
     "ejected_until": -np.inf,
     "busy_since": -np.inf,  # when prefilling last became non-zero
-    "awaited": 0,  # of the backlog, the tokens that were there when the present silence began
+    "awaited": 0,  # of the work, what was there when the present silence began
     "progress_at": -np.inf,  # when a first token came last
 }
 
@@ -75,7 +83,14 @@ class Pool:
     inflight: Int64Array
     prefilling: Int64Array
     backlog: Int64Array
+    work: Int64Array
     context: Int64Array
+    distinct: Int64Array
+    decoding: Int64Array
+    area_at: FloatArray
+    decodes_area: FloatArray
+    context_area: FloatArray
+    prefill_area: FloatArray
     last_pick: Int64Array
     failures: Int64Array
     succeeded_at: FloatArray
@@ -192,31 +207,51 @@ class Pool:
 
     # charges
 
-    def book(self, row: int, *, tokens: int, context: int, now: float) -> None:
+    def book(self, row: int, *, tokens: int, context: int, work: int, now: float) -> None:
         if self.prefilling[row] == 0:
-            self.busy_since[row], self.awaited[row] = now, tokens
+            self.busy_since[row], self.awaited[row] = now, work
         self.inflight[row] += 1
         self.prefilling[row] += 1
         self.backlog[row] += tokens
+        self.work[row] += work
         self.context[row] += context
+        self.distinct[row] += tokens
 
-    def prefilled(self, row: int, *, tokens: int, now: float) -> None:
+    def prefilled(self, row: int, *, tokens: int, context: int, work: int, now: float) -> None:
         """A booked request has its first token: its prefill is no longer ahead of anyone."""
-        self.abandoned(row, tokens=tokens)
-        self.progress_at[row], self.awaited[row] = now, self.backlog[row]
+        self.integrate(row, now)
+        self.abandoned(row, tokens=tokens, work=work)
+        self.decoding[row] += context
+        self.prefill_area[row] += work * 1e-9
+        self.progress_at[row], self.awaited[row] = now, self.work[row]
 
-    def abandoned(self, row: int, *, tokens: int) -> None:
+    def abandoned(self, row: int, *, tokens: int, work: int) -> None:
         """A booked request left before its first token, which is no sign of life from the endpoint."""
         self.prefilling[row] -= 1
         self.backlog[row] -= tokens
+        self.work[row] -= work
         assert self.prefilling[row] >= 0, "a prefill was released twice"
         assert self.backlog[row] >= 0, "more tokens were released than booked"
+        assert self.work[row] >= 0, "more work was released than booked"
 
-    def release(self, row: int, *, context: int) -> None:
+    def release(self, row: int, *, tokens: int, context: int, decoding: bool, now: float) -> None:
+        if decoding:
+            self.integrate(row, now)
+            self.decoding[row] -= context
         self.inflight[row] -= 1
         self.context[row] -= context
+        self.distinct[row] -= tokens
         assert self.inflight[row] >= 0, "a charge was released twice"
         assert self.context[row] >= 0, "more context was released than booked"
+        assert self.distinct[row] >= 0, "more distinct tokens were released than booked"
+        assert self.decoding[row] >= 0, "more decoding context was released than booked"
+
+    def integrate(self, row: int, now: float) -> None:
+        """Bring the row's integrals up to date; before every change of what decodes there."""
+        passed = now - self.area_at[row]
+        self.decodes_area[row] += passed * (self.inflight[row] - self.prefilling[row])
+        self.context_area[row] += passed * self.decoding[row]
+        self.area_at[row] = now
 
     # rows
 

@@ -7,6 +7,7 @@ the same seed gives the same decisions, under a real clock or a virtual one. No 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from picker.core import filters
 from picker.core.charges import Charge, Charges
-from picker.core.estimate import Ratio, Speeds
+from picker.core.estimate import Ratio
 from picker.core.flow import FlowQueue
+from picker.core.learned import SAME_STEP_S, FirstTokenSample, Learned
 from picker.core.pick import Picker, max_score
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
@@ -77,8 +79,9 @@ class Settings:
 
 # Prompt bytes per token before anyone has told: about right for English text and a BPE vocabulary.
 _BYTES_PER_TOKEN = 4.0
-# First tokens of shorter prefills tell of overheads, not of speed.
-_LEARN_FROM_TOKENS = 256
+# Shorter answers tell of rounding, not of speed.
+_LEARN_FROM_TOKENS = 16
+_TYPICAL_TOKENS = 4096.0
 _RETRY_AFTER_S = 1.0
 
 
@@ -100,7 +103,7 @@ class Scheduler:
         self._profile: Profile = profile or Cost()
         self._picker = picker
         self._rng = np.random.default_rng(settings.seed)
-        self._speeds = Speeds(self.pool.rows)
+        self.learned = Learned(self.pool.rows)
         self._bytes_per_token = Ratio(_BYTES_PER_TOKEN, prior_weight=2000.0, keep=0.99)
         self._sessions: OrderedDict[str, str] = OrderedDict()
         self._decisions = 0
@@ -121,8 +124,9 @@ class Scheduler:
             return candidates
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         open_to = candidates if free is None else candidates & free
-        if open_to.any() and not self._must_wait_behind(request, open_to, now):
-            return self._decide(request, np.flatnonzero(open_to), now)
+        rows = open_to.nonzero()[0]
+        if rows.size and not self._must_wait_behind(request, open_to, now):
+            return self._decide(request, rows, now)
         if self.queue.full:
             message = "The endpoints are saturated and the queue is full."
             return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
@@ -263,7 +267,7 @@ class Scheduler:
             total_blocks=request.block_hashes.size,
             prompt_tokens=tokens,
             uncached=tokens - np.minimum(cached, leading),
-            speed=self._speeds.of(rows),
+            learned=self.learned,
             session_row=self._session_row(request),
             model=request.model,
         )
@@ -278,17 +282,22 @@ class Scheduler:
 
     def _book(self, request: Request, view: PoolView, best: int, now: float) -> None:
         row = int(view.rows[best])
+        uncached = float(view.uncached[best])
+        work = self.learned.work(uncached, view.prompt_tokens)
+        speed = float(view.prefill_speed[best])
         charge = Charge(
             request=request,
             row=row,
             generation=int(self.pool.generation[row]),
-            tokens=round(float(view.uncached[best])),
+            tokens=round(uncached),
             context=round(view.prompt_tokens),
             predicted=int(view.matched_blocks[best]),
+            work=round(work * 1e9),
             booked_at=now,
+            was_idle=not view.inflight[best],
         )
-        expected_s = (float(view.backlog[best]) + charge.tokens) / float(view.speed[best])
-        self.charges.book(charge, expected_s=expected_s)
+        self.charges.book(charge, expected_s=(float(view.work[best]) + work) / speed)
+        self.learned.booked(work / speed, now)
         self._decisions += 1
         self.pool.last_pick[row] = self._decisions
         # Learned at booking: the next request of the same group, a moment later, must already find it.
@@ -296,7 +305,10 @@ class Scheduler:
         self._remember_session(request, row)
 
     def _speed(self, row: int) -> float:
-        return float(self._speeds.of(slice(row, row + 1))[0])
+        """Prefill tokens per second of a prompt of middling length."""
+        seconds = self.learned.work(_TYPICAL_TOKENS, _TYPICAL_TOKENS)
+        # An engine that answers any prompt at once (a stand-in for one) has no speed; this one is beyond all others.
+        return _TYPICAL_TOKENS / max(seconds, 1e-9) * float(self.learned.prefill_speed.value[row])
 
     # --- sessions ---
 
@@ -323,7 +335,7 @@ class Scheduler:
         if row is None or self._is_at(charge, fact.served_by):
             return
         self._fault(charge, now)
-        self.charges.close(fact.request_id)
+        self.charges.close(fact.request_id, now)
         moved = Charge(
             request=charge.request,
             row=row,
@@ -331,9 +343,10 @@ class Scheduler:
             tokens=charge.tokens,
             context=charge.context,
             predicted=0,
+            work=charge.work,
             booked_at=now,
         )
-        self.charges.book(moved, expected_s=charge.tokens / self._speed(row))
+        self.charges.book(moved, expected_s=charge.work * 1e-9 / float(self.learned.prefill_speed.value[row]))
         self.index.store(row, charge.request.block_hashes)
         self._remember_session(charge.request, row)
 
@@ -345,16 +358,16 @@ class Scheduler:
         charge = self.charges.get(request_id)
         if charge is None:
             return
-        since = max(charge.booked_at, float(self.pool.progress_at[charge.row]))
-        if self.charges.first_token(request_id, now) is None:
+        progress_at = float(self.pool.progress_at[charge.row])
+        since = max(charge.booked_at, progress_at)
+        if self.charges.first_token(request_id, now) is None or not charge.request.streaming:
             return
-        if charge.request.streaming and charge.tokens >= _LEARN_FROM_TOKENS and now > charge.booked_at:
-            # Of prefills that end in one step all the time goes to the first, and the tokens to each.
-            self._speeds.add(charge.row, charge.tokens, now - since)
+        sample = FirstTokenSample(charge.row, now - since, charge.tokens, charge.context, was_idle=charge.was_idle)
+        self.learned.first_token(sample, merged=now - progress_at < SAME_STEP_S)
 
     def _finished(self, request_id: int, status: int, usage: Usage | None, now: float) -> None:
         self.charges.first_token(request_id, now)
-        charge = self.charges.close(request_id)
+        charge = self.charges.close(request_id, now)
         if charge is None or not self.charges.stands(charge):
             return
         if status >= 500:
@@ -364,10 +377,11 @@ class Scheduler:
             self.pool.succeeded_at[charge.row] = now
         if usage is not None and usage.prompt_tokens > 0:
             self._learn_usage(charge, usage)
+            self._learn_decoding(charge, usage, now)
 
     def _failed(self, request_id: int, reason: FailureReason, now: float) -> None:
         self.queue.remove(request_id)
-        charge = self.charges.close(request_id)
+        charge = self.charges.close(request_id, now)
         if charge is not None and reason.blames_endpoint:
             self._fault(charge, now)
 
@@ -392,10 +406,28 @@ class Scheduler:
         if usage.cached_tokens is None or not request.block_hashes.size:
             return
         # One engine block of slack: the engine counts whole blocks of its own, at other boundaries than ours.
-        slack = float(np.nan_to_num(self.pool.block_size[charge.row], nan=16.0))
+        block_size = float(self.pool.block_size[charge.row])
+        slack = 16.0 if math.isnan(block_size) else block_size
         share = min((usage.cached_tokens + slack) / usage.prompt_tokens, 1.0)
         actual = int(share * request.prompt_bytes) // self.settings.block_bytes
         self.index.correct(charge.row, request.block_hashes, predicted=charge.predicted, actual=actual)
+
+    def _learn_decoding(self, charge: Charge, usage: Usage, now: float) -> None:
+        """From a whole stream: its time, less the prefills it waited for, by the company it had on average."""
+        if charge.request.extra_bytes:
+            return  # the counts are of all prompts together
+        self.learned.output_tokens.add(usage.completion_tokens, 1.0)
+        took = now - charge.first_at
+        if not charge.request.streaming or usage.completion_tokens < _LEARN_FROM_TOKENS or not took > 0:
+            return
+        row, pool = charge.row, self.pool
+        decodes, context, prefill = charge.areas
+        waited = (float(pool.prefill_area[row]) - prefill) / float(self.learned.prefill_speed.value[row])
+        company = (float(pool.decodes_area[row]) - decodes) / took
+        tokens = (float(pool.context_area[row]) - context) / took + company * self.learned.output_tokens.value / 2.0
+        steps = usage.completion_tokens - 1
+        seconds = max(took - waited, 0.1 * took)
+        self.learned.finished(row, seconds=seconds, tokens=steps, decodes=company, context=tokens)
 
     # --- facts about endpoints ---
 
@@ -424,7 +456,7 @@ class Scheduler:
         rows = self.pool.rows
         row = self.pool.add(endpoint, now)
         if self.pool.rows != rows:
-            self._speeds.grow(self.pool.rows)
+            self.learned.grow(self.pool.rows)
             self.index.grow_rows(self.pool.rows)
 
     def _removed(self, name: str) -> None:
@@ -433,7 +465,7 @@ class Scheduler:
             return
         self.pool.remove(row)
         self.index.remove_row(row)
-        self._speeds.forget(row)
+        self.learned.forget(row)
 
     def _load(self, fact: LoadObserved) -> None:
         row = self.pool.row(fact.name)
@@ -454,7 +486,7 @@ class Scheduler:
             (pool.max_adapters, fact.max_adapters),
         ):
             column[row] = np.nan if value is None else value
-        if fact.kv_capacity_tokens is not None:
+        if fact.kv_capacity_tokens:  # None: not told; 0: an engine that has not measured it yet
             self._set_capacity(row, fact.kv_capacity_tokens)
         if fact.adapters is not None:
             pool.set_adapters(row, fact.adapters)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from picker.core.learned import Learned
 from picker.core.pool import Pool
 from picker.types import BoolArray, FloatArray, Int64Array
+
+T = TypeVar("T", bound=np.generic)
 
 
 class PoolView:
@@ -13,7 +19,7 @@ class PoolView:
 
     matched_blocks: leading blocks of the prompt each candidate is believed to hold, of total_blocks.
     prompt_tokens: all tokens of the request; uncached: (n,) those of them each candidate would have to compute.
-    speed: (n,) learned prefill speed in tokens per second. session_row: pool row that served this session last.
+    learned: what the pool has taught. session_row: pool row that served this session last.
     adapter_active: (n,) whether the request's model is a LoRA adapter active there. Unknown scrapes are NaN.
     """
 
@@ -27,7 +33,7 @@ class PoolView:
         total_blocks: int = 0,
         prompt_tokens: float = 0.0,
         uncached: FloatArray | None = None,
-        speed: FloatArray | None = None,
+        learned: Learned | None = None,
         session_row: int | None = None,
         model: str | None = None,
     ) -> None:
@@ -35,18 +41,25 @@ class PoolView:
         self.now = now
         self.rows = rows
         self.n = n
+        self._pick = _place(rows)
         self.matched_blocks = np.zeros(n) if matched_blocks is None else matched_blocks
         self.total_blocks = total_blocks
         self.prompt_tokens = prompt_tokens
         self.uncached = np.full(n, prompt_tokens) if uncached is None else uncached
-        self.speed = np.ones(n) if speed is None else speed
+        self.learned = learned or Learned(pool.rows)
         self.session_row = session_row
         self._model = model
         self._pool = pool
 
-    def _take(self, column: FloatArray) -> FloatArray:
-        # Indexing by an array copies: whatever a scorer does with it, the pool is not written.
-        return column[self.rows]
+    @property
+    def endpoints(self) -> int:
+        """Of the whole pool."""
+        return len(self._pool)
+
+    def _take(self, column: NDArray[T]) -> NDArray[T]:
+        taken = column[self._pick]
+        taken.flags.writeable = False
+        return taken
 
     # scraped, NaN when not known
 
@@ -75,44 +88,79 @@ class PoolView:
 
     @property
     def inflight(self) -> Int64Array:
-        return self._pool.inflight[self.rows]
+        return self._take(self._pool.inflight)
 
     @property
     def prefilling(self) -> Int64Array:
-        return self._pool.prefilling[self.rows]
+        return self._take(self._pool.prefilling)
 
     @property
     def backlog(self) -> Int64Array:
-        return self._pool.backlog[self.rows]
+        return self._take(self._pool.backlog)
+
+    @property
+    def work(self) -> FloatArray:
+        """Seconds of prefill, at the pool's mean speed, booked there whose first tokens have not come."""
+        seconds: FloatArray = self._take(self._pool.work) * np.float64(1e-9)
+        return seconds
+
+    @property
+    def prefill_speed(self) -> FloatArray:
+        """Relative to the pool's mean."""
+        return self._take(self.learned.prefill_speed.value)
+
+    @property
+    def decode_speed(self) -> FloatArray:
+        return self._take(self.learned.decode_speed.value)
+
+    @property
+    def distinct(self) -> Int64Array:
+        return self._take(self._pool.distinct)
+
+    @property
+    def decoding(self) -> Int64Array:
+        """Prompt tokens of the requests decoding there."""
+        return self._take(self._pool.decoding)
 
     @property
     def context(self) -> Int64Array:
-        return self._pool.context[self.rows]
+        return self._take(self._pool.context)
 
     @property
     def last_pick(self) -> Int64Array:
-        return self._pool.last_pick[self.rows]
+        return self._take(self._pool.last_pick)
 
     @property
-    def awaited(self) -> Int64Array:
-        """Tokens of the backlog that were booked before the silence of `idle_for` began."""
-        return self._pool.awaited[self.rows]
+    def awaited(self) -> FloatArray:
+        """Seconds of prefill, at the pool's mean speed, that were booked when the present silence began."""
+        seconds: FloatArray = self._take(self._pool.awaited) * np.float64(1e-9)
+        return seconds
 
-    @property
-    def idle_for(self) -> FloatArray:
+    def silence(self, prefilling: Int64Array) -> FloatArray:
         """Seconds in which a prefilling endpoint has produced no first token; 0 where nothing is prefilling."""
         since = np.maximum(self._take(self._pool.busy_since), self._take(self._pool.progress_at))
-        return np.where(self.prefilling > 0, self.now - since, 0.0)
+        return np.where(prefilling > 0, self.now - since, 0.0)
 
     # LoRA
 
     @property
     def adapter_active(self) -> BoolArray:
         active = self._pool.active_adapter(self._model) if self._model else None
-        return np.zeros(self.n, dtype=bool) if active is None else active[self.rows]
+        return np.zeros(self.n, dtype=bool) if active is None else self._take(active)
 
     @property
     def adapter_room(self) -> BoolArray:
         """Whether one more adapter fits; False where the engine does not say."""
         room = self._take(self._pool.max_adapters)
-        return np.nan_to_num(room, nan=0.0) > self._pool.adapters[self.rows]
+        return np.nan_to_num(room, nan=0.0) > self._take(self._pool.adapters)
+
+
+def _place(rows: Int64Array) -> slice | Int64Array:
+    """How to take these rows, each named once, out of a column.
+
+    When they are the first of the pool in their order, which is the rule, in place instead of gathered.
+    """
+    n = rows.size
+    if n and rows.item(-1) == n - 1 and np.count_nonzero(rows[1:] > rows[:-1]) == n - 1:
+        return slice(0, n)
+    return rows

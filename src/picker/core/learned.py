@@ -1,0 +1,210 @@
+"""What the pool's own behaviour has taught: how long work takes, how fast each endpoint is, how much work comes.
+
+Two linear models hold for the pool as a whole, after the step model of continuous batching: seconds of prefill by
+uncached tokens and attention, seconds of a decode step by the sequences in it and their context. Each endpoint has a
+factor on top of either, so that a mixed pool needs no constant from anybody.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from picker.core.estimate import Ratio
+from picker.core.regress import Regression
+from picker.types import FloatArray, Int64Array
+
+Amount = TypeVar("Amount", float, FloatArray)
+
+_MEMORY_S = 60.0  # of arrival rates
+_BUSIEST = 0.95
+SAME_STEP_S = 0.002  # first tokens closer than this came from one engine step
+
+# Where learning starts: about Llama-3.1-70B on four H100. Four times off either way did no lasting harm in simulation.
+_PREFILL = np.array([0.02, 60e-6, 1e-9, 8e-6])  # s; s/token; s/token^2; s/token of an idle engine's front end
+_PREFILL_SIZES = np.array([1.0, 4000.0, 2e7, 4000.0])
+_DECODE = np.array([0.015, 50e-6, 20e-9])  # s; s/sequence; s/token of context
+_DECODE_SIZES = np.array([1.0, 20.0, 200_000.0])
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenSample:
+    """How long a first token took since the one before it, or since its booking; tokens as expected at booking."""
+
+    row: int
+    seconds: float
+    uncached: float
+    prompt: float
+    was_idle: bool
+
+
+@dataclass(slots=True)
+class _Step:
+    """An engine step that brought first tokens: what it computed, as features of the prefill model, and its time."""
+
+    features: tuple[float, ...]
+    seconds: float
+
+
+class Factors:
+    """How fast each row is relative to the pool: 1 is as fast. Small deviations count as noise, not as speed.
+
+    prior: how much of what is expected, in the unit of the samples, the belief that all are alike weighs.
+    """
+
+    def __init__(self, rows: int, *, prior: float, dead_band: float, keep: float = 0.98) -> None:
+        self._prior, self._dead_band, self._keep = prior, dead_band, keep
+        self._expected = [0.0] * rows
+        self._took = [0.0] * rows
+        self._logs = np.zeros(rows)  # of speed, by row, before they are centred
+        self._seen = np.zeros(rows, dtype=bool)
+        self._value = np.ones(rows)
+        self._stale = False
+
+    def add(self, row: int, *, expected: float, took: float) -> None:
+        """A sample that should have taken `expected` took `took`; one sample moves nothing very far."""
+        took = min(max(took, expected / 8.0), expected * 8.0)
+        self._expected[row] = self._expected[row] * self._keep + expected
+        self._took[row] = self._took[row] * self._keep + took
+        self._note(row)
+
+    def forget(self, row: int) -> None:
+        self._expected[row] = self._took[row] = 0.0
+        self._note(row)
+
+    def grow(self, rows: int) -> None:
+        extra = rows - len(self._took)
+        self._expected += [0.0] * extra
+        self._took += [0.0] * extra
+        self._logs = np.concatenate([self._logs, np.zeros(extra)])
+        self._seen = np.concatenate([self._seen, np.zeros(extra, dtype=bool)])
+        self._stale = True
+
+    @property
+    def value(self) -> FloatArray:
+        """(rows,) factors; replaced, not written, on change."""
+        if self._stale:
+            self._update()
+        return self._value
+
+    def _note(self, row: int) -> None:
+        # Every row's factor follows from this one's, but nobody looks before the next decision.
+        self._seen[row] = self._took[row] > 0
+        self._logs[row] = math.log((self._expected[row] + self._prior) / (self._took[row] + self._prior))
+        self._stale = True
+
+    def _update(self) -> None:
+        logs = self._logs - self._logs.sum() / max(np.count_nonzero(self._seen), 1)
+        apart = self._seen & (np.abs(logs) >= self._dead_band)
+        self._value = np.exp(logs, out=np.ones(logs.size), where=apart)
+        self._stale = False
+
+
+class Learned:
+    """Everything learned but the prefix index. The scheduler is the only writer."""
+
+    def __init__(self, rows: int) -> None:
+        self.prefill = Regression(_PREFILL, _PREFILL_SIZES)
+        self.decode = Regression(_DECODE, _DECODE_SIZES)
+        self.prefill_speed = Factors(rows, prior=1.0, dead_band=0.10)  # of a second
+        self.decode_speed = Factors(rows, prior=4.0, dead_band=0.06)  # of a stream
+        self.output_tokens = Ratio(256.0, prior_weight=4.0, keep=1.0 - 1.0 / 256.0)
+        self._arrivals = _Rate()
+        self._work = _Rate()
+        self._open: dict[int, _Step] = {}  # by row: the latest, to which more may still belong
+
+    def grow(self, rows: int) -> None:
+        self.prefill_speed.grow(rows)
+        self.decode_speed.grow(rows)
+
+    def forget(self, row: int) -> None:
+        self.prefill_speed.forget(row)
+        self.decode_speed.forget(row)
+        self._open.pop(row, None)
+
+    # prefill
+
+    def work(self, uncached: Amount, prompt: float) -> Amount:
+        """Seconds of prefill at the pool's mean speed: tokens through the weights, and attention to what is before."""
+        _, token, attention, _ = self.prefill.coefficients.tolist()
+        seconds: Amount = uncached * (token + attention * (prompt - uncached / 2.0))
+        return seconds
+
+    def first_token(self, sample: FirstTokenSample, *, merged: bool) -> None:
+        """A first token came; merged: in the same step as the endpoint's one before, which has taken all the time.
+
+        A step is learned from when the next one is known to be another.
+        """
+        u, whole = sample.uncached, sample.prompt
+        features = (1.0, u, u * (whole - u / 2.0), whole if sample.was_idle else 0.0)
+        step = self._open.get(sample.row)
+        if merged:
+            if step is not None:
+                step.features = (1.0, *map(operator.add, step.features[1:], features[1:]))
+            return
+        self._open[sample.row] = _Step(features, sample.seconds)
+        if step is not None:
+            self.prefill.add(step.features, step.seconds)
+            self.prefill_speed.add(sample.row, expected=self.prefill(step.features), took=step.seconds)
+
+    # decode
+
+    def step(self, decodes: FloatArray | Int64Array, context: FloatArray) -> FloatArray:
+        """Seconds of a decode step on an endpoint of factor 1."""
+        fixed, sequence, token = self.decode.coefficients.tolist()
+        seconds: FloatArray = fixed + sequence * decodes + token * context
+        return seconds
+
+    @property
+    def step_floor(self) -> float:
+        """Seconds of a step that does nothing."""
+        return float(self.decode.coefficients[0])
+
+    def finished(self, row: int, *, seconds: float, tokens: int, decodes: float, context: float) -> None:
+        """A stream of `tokens` steps took so many seconds beside the prefills, in company of so many on average."""
+        per_step = seconds / tokens
+        features = (1.0, decodes, context)
+        self.decode.add(features, per_step)
+        expected = self.decode(features)
+        if expected > 0:
+            # Every stream weighs the same: in seconds, those of a fast model would never outweigh the prior.
+            self.decode_speed.add(row, expected=1.0, took=per_step / expected)
+
+    # load
+
+    def booked(self, seconds: float, now: float) -> None:
+        """A request was routed that brings so much prefill."""
+        self._arrivals.add(1.0, now)
+        self._work.add(seconds, now)
+
+    def rates(self, endpoints: int, now: float) -> tuple[float, float]:
+        """(requests per second, seconds of prefill per second) of the mean endpoint; the second at most 0.95."""
+        work = self._work.value(now) / max(endpoints, 1)
+        return self._arrivals.value(now) / max(endpoints, 1), min(work, _BUSIEST)
+
+
+class _Rate:
+    """Events per second over about the last minute."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._at = -math.inf
+        self._since = math.inf
+
+    def add(self, amount: float, now: float) -> None:
+        self._sum = self._sum * self._fading(now) + amount
+        self._since = min(self._since, now)
+        self._at = now
+
+    def value(self, now: float) -> float:
+        seen = now - self._since
+        if not seen > 1.0:
+            return 0.0
+        return self._sum * self._fading(now) / (_MEMORY_S * (1.0 - math.exp(-seen / _MEMORY_S)))
+
+    def _fading(self, now: float) -> float:
+        return 0.0 if self._at == -math.inf else math.exp((self._at - now) / _MEMORY_S)

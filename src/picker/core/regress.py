@@ -1,0 +1,78 @@
+"""A small linear model that learns online and forgets: non-negative coefficients from the latest samples."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from picker.types import FloatArray
+
+_EAGER = 64  # samples up to which every few lead to a new fit
+_OUTLIER = 3.0  # root mean squares
+_SHORT = 0.01  # seconds: below, errors are absolute
+
+
+class Regression:
+    """y = features @ coefficients, over a ring of samples.
+
+    prior: the coefficients before anything was seen. scales: the size of each feature in a typical sample; with them,
+    the prior weighs as much as `prior_samples` samples. Coefficients are costs and never negative: one that would be is
+    left out and the others fitted again. Samples far off (a hang, a retry) are left out of a second fit.
+    Targets must not be negative.
+    """
+
+    def __init__(self, prior: FloatArray, scales: FloatArray, *, prior_samples: float = 4.0, ring: int = 512) -> None:
+        self.coefficients: FloatArray = prior.copy()
+        self.count = 0
+        self._prior = prior
+        self._scales = scales
+        self._ridge = prior_samples
+        self._features = np.zeros((ring, prior.size))
+        self._targets = np.zeros(ring)
+
+    def add(self, features: Sequence[float], target: float) -> None:
+        """Take a sample in; now and then, fit anew."""
+        at = self.count % self._targets.size
+        self._features[at], self._targets[at] = features, target
+        self.count += 1
+        if self.count % (4 if self.count <= _EAGER else 32) == 0:
+            self._fit()
+
+    def __call__(self, features: Sequence[float]) -> float:
+        seconds: float = sum(map(operator.mul, features, self.coefficients.tolist()))
+        return seconds
+
+    def _fit(self) -> None:
+        filled = min(self.count, self._targets.size)
+        features, targets = self._features[:filled], self._targets[:filled]
+        coefficients = self._solve(features, targets)
+        errors = np.abs(targets - features @ coefficients)
+        near = errors <= _OUTLIER * _without_the_largest(errors)
+        self.coefficients = coefficients if near.all() else self._solve(features[near], targets[near])
+
+    def _solve(self, features: FloatArray, targets: FloatArray) -> FloatArray:
+        """Weighted ridge towards the prior. Weights make errors relative: a long sample does not rule."""
+        weights = 1.0 / np.maximum(features @ self._prior, _SHORT)
+        weights /= weights.mean()
+        design, prior = features / self._scales, self._prior * self._scales
+        solution = np.zeros(prior.size)
+        active = np.ones(prior.size, dtype=bool)
+        while active.any():
+            columns = design[:, active]
+            weighted = columns * weights[:, None]
+            gram = columns.T @ weighted + self._ridge * np.eye(columns.shape[1])
+            solution[:] = 0.0
+            solution[active] = np.linalg.solve(gram, weighted.T @ targets + self._ridge * prior[active])
+            if (solution >= 0).all():
+                break
+            active &= solution > 0
+        return solution / self._scales
+
+
+def _without_the_largest(errors: FloatArray) -> float:
+    """Root mean square of all but one: among few samples, one far off would make itself look normal."""
+    squares = errors * errors
+    squares[squares.argmax()] = 0.0
+    return float(np.sqrt(squares.sum() / max(squares.size - 1, 1)))
