@@ -22,12 +22,14 @@ def max_score(total: FloatArray, count: int, rng: np.random.Generator) -> Int64A
         return _best(total, count, rng)
     # Sorted, not partitioned: with most totals equal, which is the rule, numpy's selection takes ten times as long.
     worst = np.sort(total)[max(total.size - count, 0)]
-    able = (total >= worst).nonzero()[0]  # a tie at the last place is open to all
-    return able[_best(total[able], count, rng)]
+    able: Int64Array = (total >= worst).nonzero()[0]  # a tie at the last place is open to all
+    chosen: Int64Array = able[_best(total[able], count, rng)]
+    return chosen
 
 
 def _best(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
-    return np.lexsort((rng.random(total.size), -total))[:count]
+    order: Int64Array = np.lexsort((rng.random(total.size), -total))
+    return order[:count]
 
 
 def weighted_random(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
