@@ -69,7 +69,7 @@ class Charges:
         if charge is None or not charge.prefilling:
             return None
         charge.prefilling = False
-        if not self._stands(charge):
+        if not self.stands(charge):
             return None
         row, pool = charge.row, self._pool
         pool.prefilled(row, tokens=charge.tokens, context=charge.context, work=charge.work, now=now)
@@ -80,7 +80,7 @@ class Charges:
     def close(self, request_id: int, now: float) -> Charge | None:
         """Release all that is left; None when the request has no open charge."""
         charge = self._open.pop(request_id, None)
-        if charge is not None and self._stands(charge):
+        if charge is not None and self.stands(charge):
             if charge.prefilling:
                 self._pool.abandoned(charge.row, tokens=charge.tokens, work=charge.work)
             decoding = not charge.prefilling
@@ -89,7 +89,7 @@ class Charges:
 
     def stands(self, charge: Charge) -> bool:
         """Whether the endpoint that was charged is still the one in that row."""
-        return self._stands(charge)
+        return bool(self._pool.generation[charge.row] == charge.generation)
 
     def expire_silent(self, now: float) -> None:
         """Take the prefills of requests that do not stream as done when their time is over."""
@@ -99,6 +99,3 @@ class Charges:
             # After a retry the same id has another charge, with its own time.
             if charge is not None and charge.expected_at <= now:
                 self.first_token(request_id, now)
-
-    def _stands(self, charge: Charge) -> bool:
-        return bool(self._pool.generation[charge.row] == charge.generation)

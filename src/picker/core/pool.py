@@ -103,7 +103,6 @@ class Pool:
         self.rows = rows
         self.endpoints: list[Endpoint | None] = [None] * rows
         self.names: NDArray[np.object_] = np.full(rows, "", dtype=object)
-        self.high = 0  # rows at and above were never used
         self._by_name: dict[str, int] = {}
         self._by_address: dict[str, int] = {}
         self._serves: dict[str, BoolArray] = {}
@@ -260,9 +259,7 @@ class Pool:
         if free.size == 0:
             self._grow()
             return self._free_row()
-        row = int(free[0])
-        self.high = max(self.high, row + 1)
-        return row
+        return int(free[0])
 
     def _grow(self) -> None:
         old, self.rows = self.rows, self.rows * 2
