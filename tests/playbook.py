@@ -18,6 +18,8 @@ import dataclasses
 import difflib
 from typing import Any, Self, TypeVar
 
+import msgspec
+
 from picker.exchange import Action, Event, Exchange
 
 T = TypeVar("T")
@@ -110,7 +112,10 @@ def _difference(expected: list[tuple[str, Any]], actual: list[tuple[str, Any]]) 
 
 def _text(value: Any) -> str:
     """Like repr, with the bytes that a repr keeps to itself: a test must show in what two bodies differ."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    if isinstance(value, msgspec.Struct):
+        names = value.__struct_fields__
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = tuple(field.name for field in dataclasses.fields(value))
+    else:
         return repr(value)
-    fields = ", ".join(f"{field.name}={_text(getattr(value, field.name))}" for field in dataclasses.fields(value))
-    return f"{type(value).__name__}({fields})"
+    return f"{type(value).__name__}({', '.join(f'{name}={_text(getattr(value, name))}' for name in names)})"

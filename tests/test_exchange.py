@@ -611,3 +611,22 @@ def step(action: Action, open_asks: int) -> int:
             # The body's last bytes and its reports come in one list, the terminal report last.
             assert open_asks == 1
     return 0
+
+
+def test_what_people_and_engines_say_is_in_no_repr() -> None:
+    decision = Decision(1, endpoint("a"))
+    for told in (
+        RequestBody(b"SECRET"),
+        ResponseBody(b"SECRET", end=True),
+        PassBody(b"SECRET"),
+        Forward(decision, b"SECRET"),
+    ):
+        assert "SECRET" not in repr(told)
+    assert repr(ResponseBody(b"SECRET", end=True)) == "ResponseBody(end=True)"
+
+
+def test_events_and_actions_cannot_be_changed_and_are_equal_only_to_their_kind() -> None:
+    with pytest.raises(AttributeError):
+        RequestBody(b"x").end = True  # type: ignore[misc]
+    assert PassBody(b"x") == PassBody(b"x")
+    assert PassBody(b"x") != ResponseBody(b"x")  # type: ignore[comparison-overlap]

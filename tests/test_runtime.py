@@ -18,6 +18,8 @@ from picker.exchange import (
     Exchange,
     Forward,
     Limits,
+    PassBody,
+    PassHead,
     RequestBody,
     RequestHead,
     Respond,
@@ -490,3 +492,13 @@ async def test_a_prompt_shows_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     assert metric(runtime, "picker_internal_errors_total", where="submit") == 1
     assert "SECRET" not in caplog.text
     assert "SECRET" not in runtime.telemetry.text().decode()
+
+
+async def test_following_a_response_reports_its_facts_and_returns_what_to_pass_on() -> None:
+    runtime = running("a")
+    exchange = runtime.open()
+    await ask(runtime, exchange=exchange)
+    actions = runtime.follow(exchange, ResponseHead(200, {"content-type": "application/json"}))
+    actions += runtime.follow(exchange, ResponseBody(ANSWER, end=True))
+    assert [type(action) for action in actions] == [PassHead, PassBody]
+    assert metric(runtime, "picker_requests_ended_total", how="finished") == 1

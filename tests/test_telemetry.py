@@ -101,3 +101,16 @@ def test_the_text_is_what_prometheus_reads(telemetry: Telemetry) -> None:
 def test_two_registries_know_nothing_of_each_other(telemetry: Telemetry) -> None:
     Telemetry(CollectorRegistry()).internal_error("submit")
     assert value(telemetry, "picker_internal_errors_total", where="submit") is None
+
+
+def test_a_time_on_a_bound_counts_within_it_and_one_beyond_all_counts_at_the_end(telemetry: Telemetry) -> None:
+    for seconds in (2e-5, 2.1e-5, 3.0):
+        telemetry.decision(picked(), seconds=seconds)
+    counted = [value(telemetry, "picker_decision_seconds_bucket", le=le) for le in ("2e-05", "5e-05", "0.1", "+Inf")]
+    assert counted == [1, 2, 2, 3]
+
+
+def test_before_anything_happened_the_totals_are_there_at_zero(telemetry: Telemetry) -> None:
+    assert value(telemetry, "picker_decisions_total", outcome="picked") == 0
+    assert value(telemetry, "picker_requests_ended_total", how="finished") == 0
+    assert value(telemetry, "picker_cached_tokens_total") == 0

@@ -15,7 +15,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from picker.core.scheduler import Scheduler
-from picker.exchange import Action, Closed, Decided, Event, Exchange, Limits, Report, Submit
+from picker.exchange import (
+    Action,
+    Closed,
+    Decided,
+    Event,
+    Exchange,
+    Limits,
+    Report,
+    ResponseBody,
+    ResponseHead,
+    Submit,
+    UpstreamFailed,
+)
 from picker.prefix.blocks import BlockHasher
 from picker.telemetry import Telemetry
 from picker.types import (
@@ -115,6 +127,16 @@ class Runtime:
             pending = exchange.receive(Decided(outcome))
         return actions
 
+    def follow(self, exchange: Exchange, event: ResponseHead | ResponseBody | UpstreamFailed) -> list[Action]:
+        """As `receive`, for what comes after a response head: no more is to be decided, and nothing to wait for."""
+        actions: list[Action] = []
+        for action in exchange.receive(event):
+            if isinstance(action, Report):
+                self.emit(action.fact)
+            else:
+                actions.append(action)
+        return actions
+
     def close(self, exchange: Exchange, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
         """End an exchange that has not ended by itself; harmless when it has."""
         for action in exchange.receive(Closed(reason)):
@@ -179,12 +201,13 @@ class Runtime:
 
     def _submit(self, request_id: int, submit: Submit) -> Outcome | Queued:
         now = self.clock()
-        request = Request(request_id, submit.call.model, now, subset=submit.subset, exclude=submit.exclude)
         if self.draining and not submit.exclude:  # a second attempt is of a request that runs
             message = "The gateway is shutting down."
             refusal = Rejection(request_id, RejectReason.SHUTDOWN, 503, message, retry_after=1.0)
-            self._settle(request, refusal, now)
+            self._settle(_bare(request_id, submit, now), refusal, now)
             return refusal
+        request: Request | None = None
+        outcome: Outcome | Queued
         try:
             request = self.prepare(request_id, submit, now)
             outcome = self.scheduler.submit(request, now)
@@ -192,6 +215,7 @@ class Runtime:
             # Supervision: a bug in a scorer costs the quality of one decision, never the request.
             self.telemetry.internal_error("submit")
             log.exception("deciding request %d failed; it is routed uncharged", request_id)
+            request = request or _bare(request_id, submit, now)
             outcome = self.scheduler.fallback(request)
         if isinstance(outcome, Queued):
             self._queued[request_id] = request
@@ -208,15 +232,15 @@ class Runtime:
             self._records.popitem(last=False)
 
     def _note_end(self, fact: Fact, now: float) -> None:
-        if not isinstance(fact, Finished | Failed):
-            return
-        record = self._records.get(fact.request_id)
-        if record is not None:
-            record.ended_at = now
-            if isinstance(fact, Finished):
-                record.status, record.usage = fact.status, fact.usage
-            else:
-                record.failure = fact.reason
+        match fact:
+            case Finished(request_id, status, usage):
+                if (record := self._records.get(request_id)) is not None:
+                    record.ended_at, record.status, record.usage = now, status, usage
+            case Failed(request_id, reason):
+                if (record := self._records.get(request_id)) is not None:
+                    record.ended_at, record.failure = now, reason
+            case _:
+                pass
 
     # the queue
 
@@ -269,3 +293,8 @@ class Runtime:
     def _on_timer(self) -> None:
         self._timer = None
         self._poll(self.clock())
+
+
+def _bare(request_id: int, submit: Submit, now: float) -> Request:
+    """What is known of a request without looking at its prompt."""
+    return Request(request_id, submit.call.model, now, subset=submit.subset, exclude=submit.exclude)

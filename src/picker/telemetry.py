@@ -1,10 +1,18 @@
-"""picker's own Prometheus metrics, on a registry that is passed in. Labels come from enums and endpoint names only."""
+"""picker's own Prometheus metrics, on a registry that is passed in. Labels come from enums and endpoint names only.
+
+Counted in plain numbers and made into metrics when somebody scrapes: everything here runs on one thread, and what the
+client library does for each count, for the sake of many, is a good part of what a request costs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from picker.types import Decision, EndpointRemoved, Fact, Failed, Finished, Outcome, ScrapeFailed
 
@@ -13,78 +21,49 @@ _WAIT_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Telemetry:
+class Telemetry(Collector):
     """Counts what the runtime tells it. One object a process; tests build their own with a registry of their own."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._decisions = Counter(
-            "picker_decisions",
-            "Decisions by outcome (picked, or the reason of a rejection).",
-            ["outcome"],
-            registry=registry,
-        )
-        self._picked = Counter("picker_picks", "Requests routed, by endpoint.", ["endpoint"], registry=registry)
-        self._ended = Counter("picker_requests_ended", "Requests ended, by how.", ["how"], registry=registry)
-        self._seconds = Histogram(
-            "picker_decision_seconds",
-            "Time of one decision: hash, match, score, book.",
-            buckets=_DECISION_BUCKETS,
-            registry=registry,
-        )
-        self._waited = Histogram(
-            "picker_queue_wait_seconds", "Time in picker's own queue.", buckets=_WAIT_BUCKETS, registry=registry
-        )
-        self._predicted = Counter(
-            "picker_predicted_cached_tokens", "Prompt tokens predicted to be cached where they went.", registry=registry
-        )
-        self._cached = Counter(
-            "picker_cached_tokens", "Prompt tokens the engines reported as cached.", registry=registry
-        )
-        self._prompt = Counter("picker_prompt_tokens", "Prompt tokens the engines reported.", registry=registry)
-        self._output = Counter("picker_output_tokens", "Output tokens the engines reported.", registry=registry)
-        self._scrape_errors = Counter(
-            "picker_scrape_errors", "Failed scrapes, by endpoint.", ["endpoint"], registry=registry
-        )
-        self._errors = Counter(
-            "picker_internal_errors",
-            "Errors of picker's own, by the verb that failed; requests went on.",
-            ["where"],
-            registry=registry,
-        )
-
-        # Looked up once: finding a labelled series costs as much as counting in it.
-        self._picked_any = self._decisions.labels("picked")
-        self._finished = self._ended.labels("finished")
-        self._picked_by: dict[str, Counter] = {}
+        self._decisions = {"picked": 0}  # by outcome
+        self._picked: dict[str, int] = {}  # by endpoint
+        self._ended = {"finished": 0}  # by how
+        self._scrape_errors: dict[str, int] = {}  # by endpoint
+        self._errors: dict[str, int] = {}  # by verb
+        self._seconds = _Spread(_DECISION_BUCKETS)
+        self._waited = _Spread(_WAIT_BUCKETS)
+        self._predicted = 0.0
+        self._cached = self._prompt = self._output = 0
+        registry.register(self)
 
     def decision(self, outcome: Outcome, seconds: float) -> None:
         """One decision, with the CPU-bound time it took."""
-        self._seconds.observe(seconds)
+        self._seconds.add(seconds)
         if isinstance(outcome, Decision):
-            self._picked_any.inc()
-            name = outcome.endpoint.name
-            picked = self._picked_by.get(name) or self._picked_by.setdefault(name, self._picked.labels(name))
-            picked.inc()
-            self._predicted.inc(outcome.matched_tokens)
-            self._waited.observe(outcome.waited)
+            self._decisions["picked"] += 1
+            _count(self._picked, outcome.endpoint.name)
+            self._predicted += outcome.matched_tokens
+            self._waited.add(outcome.waited)
         else:
-            self._decisions.labels(outcome.reason.value).inc()
+            _count(self._decisions, outcome.reason.value)
 
     def fact(self, fact: Fact) -> None:
         match fact:
             case Finished(usage=usage):
-                self._finished.inc()
+                self._ended["finished"] += 1
                 if usage is not None:
-                    self._prompt.inc(usage.prompt_tokens)
-                    self._output.inc(usage.completion_tokens)
-                    self._cached.inc(usage.cached_tokens or 0)
+                    self._prompt += usage.prompt_tokens
+                    self._output += usage.completion_tokens
+                    self._cached += usage.cached_tokens or 0
             case Failed(reason=reason):
-                self._ended.labels(reason.value).inc()
+                _count(self._ended, reason.value)
             case ScrapeFailed(name=name):
-                self._scrape_errors.labels(name).inc()
+                _count(self._scrape_errors, name)
             case EndpointRemoved(name=name):
-                self._forget(name)
+                # A series of an endpoint that is gone would stay for the life of the process: pods come and go.
+                self._picked.pop(name, None)
+                self._scrape_errors.pop(name, None)
             case _:
                 pass
 
@@ -93,17 +72,60 @@ class Telemetry:
         Gauge(name, help_text, registry=self.registry).set_function(read)
 
     def internal_error(self, where: str) -> None:
-        self._errors.labels(where).inc()
+        _count(self._errors, where)
 
     def text(self) -> bytes:
         """The exposition, in Prometheus text format (`CONTENT_TYPE`)."""
         return generate_latest(self.registry)
 
-    def _forget(self, name: str) -> None:
-        self._picked_by.pop(name, None)
-        # A series of an endpoint that is gone would stay for the life of the process: pods come and go.
-        for metric in (self._picked, self._scrape_errors):
-            try:
-                metric.remove(name)
-            except KeyError:
-                pass
+    def collect(self) -> Iterator[Metric]:
+        """All that was counted, for the registry."""
+        outcomes = "Decisions by outcome (picked, or the reason of a rejection)."
+        errors = "Errors of picker's own, by the verb that failed; requests went on."
+        yield _labelled("picker_decisions", outcomes, "outcome", self._decisions)
+        yield _labelled("picker_picks", "Requests routed, by endpoint.", "endpoint", self._picked)
+        yield _labelled("picker_requests_ended", "Requests ended, by how.", "how", self._ended)
+        yield self._seconds.metric("picker_decision_seconds", "Time of one decision: hash, match, score, book.")
+        yield self._waited.metric("picker_queue_wait_seconds", "Time in picker's own queue.")
+        for name, help_text, count in (
+            ("predicted_cached", "Prompt tokens predicted to be cached where they went.", self._predicted),
+            ("cached", "Prompt tokens the engines reported as cached.", self._cached),
+            ("prompt", "Prompt tokens the engines reported.", self._prompt),
+            ("output", "Output tokens the engines reported.", self._output),
+        ):
+            yield CounterMetricFamily(f"picker_{name}_tokens", help_text, value=count)
+        yield _labelled("picker_scrape_errors", "Failed scrapes, by endpoint.", "endpoint", self._scrape_errors)
+        yield _labelled("picker_internal_errors", errors, "where", self._errors)
+
+
+class _Spread:
+    """A histogram. bounds: upper ones, inclusive, ascending; what is beyond the last is counted too."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def metric(self, name: str, help_text: str) -> HistogramMetricFamily:
+        buckets, seen = [], 0
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            seen += count
+            buckets.append((bound, float(seen)))
+        return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=self._sum)
+
+
+def _count(counts: dict[str, int], label: str) -> None:
+    counts[label] = counts.get(label, 0) + 1
+
+
+def _labelled(name: str, help_text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, help_text, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family

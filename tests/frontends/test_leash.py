@@ -148,3 +148,21 @@ def test_after_its_release_it_pulls_nothing_and_leaves_no_timer() -> None:
     held.leash.pull()
     held.loop.advance(2.0)
     assert (held.task.cancelling, held.leash.reason) == (0, None)
+
+
+def test_a_far_deadline_is_held_to_although_the_alarm_looks_in_between() -> None:
+    held = Held()
+    held.leash.within(600.0, TIMEOUT)
+    held.loop.advance(599.9)
+    assert held.leash.reason is None
+    held.loop.advance(0.1)
+    assert held.leash.reason is TIMEOUT
+
+
+def test_a_sooner_deadline_needs_no_timer_while_both_are_far() -> None:
+    held = Held()
+    held.leash.within(600.0, TIMEOUT)
+    held.leash.within(300.0, CLIENT_GONE)
+    assert held.loop.timers == 1
+    held.loop.advance(300.0)
+    assert held.leash.reason is CLIENT_GONE

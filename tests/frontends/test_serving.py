@@ -177,3 +177,117 @@ async def test_idle_connections_are_closed_while_running_requests_get_their_grac
         assert answer.endswith(b"hi")
         busy.close()
         idle.close()
+
+
+# --- answering through `Client` ----------------------------------------------------------------------------
+
+KEPT = b" HTTP/1.1\r\nhost: h\r\n\r\n"
+LAST = b" HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n"
+
+
+class Writes:
+    """An app that answers through `Client`, as its script says."""
+
+    def __init__(
+        self, *script: tuple[str, Any], status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        self._script = script
+        self._status = status
+        self._headers = headers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        client: Client = scope["extensions"][EXTENSION]["client"]
+        client.start(self._status, self._headers)
+        for verb, data in self._script:
+            if verb == "flush":
+                client.flush()
+            else:
+                client.write(data, end=verb == "end")
+
+
+async def received(app: Any, request: bytes) -> bytes:
+    """Everything that comes back on one connection, up to its end."""
+    async with served(app) as (reader, writer):
+        writer.write(request)
+        return await reader.read()
+
+
+async def test_a_body_without_a_length_is_chunked() -> None:
+    app = Writes(("more", b"one"), ("more", b""), ("end", b"two"), headers=((b"x", b"1"),))
+    head = b"HTTP/1.1 200 OK\r\nx: 1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert await received(app, b"GET /" + LAST) == head + b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"
+
+
+async def test_a_body_may_end_without_further_bytes_and_its_head_may_go_first() -> None:
+    for script in (("flush", b""), ("more", b"ab"), ("end", b"")), (("more", b"ab"), ("flush", b""), ("end", b"")):
+        answer = await received(Writes(*script), b"GET /" + LAST)
+        assert answer.partition(b"\r\n\r\n")[2] == b"2\r\nab\r\n0\r\n\r\n"
+
+
+async def test_a_body_with_a_length_is_sent_as_it_is() -> None:
+    app = Writes(("more", b"o"), ("end", b"k"), headers=((b"content-length", b"2"),))
+    answer = await received(app, b"GET /" + KEPT + b"GET /" + LAST)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"connection: close\r\n\r\nok")
+
+
+@pytest.mark.parametrize(("method", "status"), [(b"HEAD", 200), (b"GET", 204), (b"GET", 304)])
+async def test_a_response_without_a_body_has_neither_bytes_nor_chunks(method: bytes, status: int) -> None:
+    answer = await received(Writes(("end", b"no"), status=status), method + b" /" + LAST)
+    assert answer.endswith(b"connection: close\r\n\r\n")
+    assert b"chunked" not in answer
+
+
+async def test_an_unknown_status_is_passed_on() -> None:
+    assert (await received(Writes(("end", b""), status=799), b"GET /" + LAST)).startswith(b"HTTP/1.1 799 \r\n")
+
+
+async def test_head_and_body_go_out_in_one_write() -> None:
+    written: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        client: Client = scope["extensions"][EXTENSION]["client"]
+        transport = client._cycle.transport
+        client._cycle.transport = Recorder(transport, written)  # type: ignore[assignment]
+        client.start(200, [(b"content-length", b"2")])
+        client.write(b"ok", end=True)
+
+    await received(app, b"GET /" + LAST)
+    assert len(written) == 1
+
+
+class Recorder:
+    def __init__(self, transport: asyncio.Transport, written: list[bytes]) -> None:
+        self._transport = transport
+        self._written = written
+
+    def write(self, data: bytes) -> None:
+        self._written.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_a_small_body_that_came_with_its_head_can_be_taken_at_once() -> None:
+    taken: list[tuple[bool, bytes]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        client: Client = scope["extensions"][EXTENSION]["client"]
+        taken.append((client.has_sent_all, client.take()))
+        await hello(scope, receive, send)
+
+    await received(app, b"POST / HTTP/1.1\r\nhost: h\r\nconnection: close\r\ncontent-length: 3\r\n\r\nabc")
+    async with served(app) as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 3\r\n\r\nab")
+        await reader.readuntil(b"hi")
+    assert taken == [(True, b"abc"), (False, b"ab")]
+
+
+async def test_an_idle_connection_is_closed_after_its_last_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("picker.frontends.serving._KEEPALIVE_SECONDS", 0.02)
+    async with served() as (reader, writer):
+        for _ in range(2):
+            writer.write(b"GET /" + KEPT)
+            await reader.readuntil(b"hi")
+        assert await reader.read() == b""

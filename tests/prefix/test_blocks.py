@@ -230,3 +230,9 @@ def test_neighbouring_blocks_do_not_collide() -> None:
     """Counters are the kind of text that weak sums confuse."""
     prompts = [number.to_bytes(4, "little") * (BLOCK // 4) for number in range(5000)]
     assert len({HASHER.hash(prompt, root=1).item() for prompt in prompts}) == 5000
+
+
+@pytest.mark.parametrize("blocks", [1, 11, 12, 13, 40])
+def test_few_blocks_hash_as_the_first_of_many(blocks: int) -> None:
+    prompt = text(64 * BLOCK)
+    assert hashes(prompt[: blocks * BLOCK]) == hashes(prompt)[:blocks]

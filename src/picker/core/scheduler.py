@@ -22,7 +22,7 @@ from picker.core.pick import Picker, max_score
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
 from picker.core.snapshot import EndpointState, endpoint_state
-from picker.core.view import PoolView
+from picker.core.view import PoolView, place
 from picker.prefix.approximate import ApproximateIndex
 from picker.types import (
     BlocksRemoved,
@@ -238,31 +238,34 @@ class Scheduler:
     def _decide(self, request: Request, rows: Int64Array, now: float) -> Decision:
         view = self._view(request, rows, now)
         total, parts = self._profile.rank(view, request)
-        order = self._picker(total, 1 + self.settings.fallbacks, self._rng)
-        best = int(order[0])
+        order = self._picker(total, 1 + self.settings.fallbacks, self._rng).tolist()
+        best = order[0]
         self._book(request, view, best, now)
+        endpoint, *fallbacks = [self.pool.endpoint(rows.item(index)) for index in order]
         return Decision(
             request_id=request.id,
-            endpoint=self.pool.endpoint(int(rows[best])),
-            fallbacks=tuple(self.pool.endpoint(int(rows[i])) for i in order[1:]),
+            endpoint=endpoint,
+            fallbacks=tuple(fallbacks),
             matched_blocks=int(view.matched_blocks[best]),
             total_blocks=view.total_blocks,
-            matched_tokens=float(view.prompt_tokens - view.uncached[best]),
+            matched_tokens=view.prompt_tokens - view.uncached.item(best),
             prompt_tokens=view.prompt_tokens,
             waited=now - request.arrived_at,
             ranking=Ranking(self.pool.names, rows, total, parts),
         )
 
     def _view(self, request: Request, rows: Int64Array, now: float) -> PoolView:
-        matched = self.index.match(request.block_hashes)[rows].astype(np.float64)
+        pick = place(rows)
+        matched = self.index.match(request.block_hashes)[pick].astype(np.float64)
         tokens, per_byte = self._tokens(request)
-        cached = matched * (self.settings.block_bytes * per_byte) * self.index.trust[rows]
+        cached = matched * (self.settings.block_bytes * per_byte) * self.index.trust[pick]
         # The engine always computes the last token of a prompt again.
         leading = max(request.prompt_bytes * per_byte - 1.0, 0.0)
         return PoolView(
             self.pool,
             rows,
             now,
+            pick=pick,
             matched_blocks=matched,
             total_blocks=request.block_hashes.size,
             prompt_tokens=tokens,
@@ -281,25 +284,25 @@ class Scheduler:
         return request.prompt_tokens + extra, request.prompt_tokens / max(request.prompt_bytes, 1)
 
     def _book(self, request: Request, view: PoolView, best: int, now: float) -> None:
-        row = int(view.rows[best])
-        uncached = float(view.uncached[best])
+        pool, row = self.pool, view.rows.item(best)
+        uncached = view.uncached.item(best)
         work = self.learned.work(uncached, view.prompt_tokens)
-        speed = float(view.prefill_speed[best])
+        speed = self.learned.prefill_speed.value.item(row)
         charge = Charge(
             request=request,
             row=row,
-            generation=int(self.pool.generation[row]),
+            generation=pool.generation.item(row),
             tokens=round(uncached),
             context=round(view.prompt_tokens),
             predicted=int(view.matched_blocks[best]),
             work=round(work * 1e9),
             booked_at=now,
-            was_idle=not view.inflight[best],
+            was_idle=not pool.inflight.item(row),
         )
-        self.charges.book(charge, expected_s=(float(view.work[best]) + work) / speed)
+        self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
         self.learned.booked(work / speed, now)
         self._decisions += 1
-        self.pool.last_pick[row] = self._decisions
+        pool.last_pick[row] = self._decisions
         # Learned at booking: the next request of the same group, a moment later, must already find it.
         self.index.store(row, request.block_hashes)
         self._remember_session(request, row)

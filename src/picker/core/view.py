@@ -17,6 +17,7 @@ T = TypeVar("T", bound=np.generic)
 class PoolView:
     """The candidates of one request, as (n,) arrays in the order of `rows`.
 
+    pick: `place(rows)`, where the caller has it.
     matched_blocks: leading blocks of the prompt each candidate is believed to hold, of total_blocks.
     prompt_tokens: all tokens of the request; uncached: (n,) those of them each candidate would have to compute.
     learned: what the pool has taught. session_row: pool row that served this session last.
@@ -29,6 +30,7 @@ class PoolView:
         rows: Int64Array,
         now: float,
         *,
+        pick: slice | Int64Array | None = None,
         matched_blocks: FloatArray | None = None,
         total_blocks: int = 0,
         prompt_tokens: float = 0.0,
@@ -41,7 +43,7 @@ class PoolView:
         self.now = now
         self.rows = rows
         self.n = n
-        self._pick = _place(rows)
+        self._pick = place(rows) if pick is None else pick
         self.matched_blocks = np.zeros(n) if matched_blocks is None else matched_blocks
         self.total_blocks = total_blocks
         self.prompt_tokens = prompt_tokens
@@ -155,7 +157,7 @@ class PoolView:
         return np.nan_to_num(room, nan=0.0) > self._take(self._pool.adapters)
 
 
-def _place(rows: Int64Array) -> slice | Int64Array:
+def place(rows: Int64Array) -> slice | Int64Array:
     """How to take these rows, each named once, out of a column.
 
     When they are the first of the pool in their order, which is the rule, in place instead of gathered.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from multidict import CIMultiDict
-
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
 # RFC 9110 section 7.6.1, and `proxy-connection` which old clients send. `proxy-authenticate` and
@@ -40,72 +38,81 @@ _CONTROL = frozenset(
 _CONTROL_PREFIXES = (b"x-gateway-destination-endpoint", b"x-picker-")
 # Set anew for the upstream connection; `expect` has been answered by our own server.
 _OURS = frozenset((b"host", b"content-length", b"expect"))
-_NOT_UPSTREAM = _HOP_BY_HOP | _CONTROL | _OURS
+_FORWARDED = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
+_NOT_AS_IT_IS = _HOP_BY_HOP | _CONTROL | _OURS | _FORWARDED
 _BODYLESS = frozenset((204, 304))
 
 
 def upstream_headers(
     raw: RawHeaders, added: Iterable[tuple[str, str]], *, client: str | None, scheme: str
-) -> CIMultiDict[str]:
+) -> list[tuple[bytes, bytes]]:
     """The client's headers as an endpoint may see them, with `added` set, and who asked for what appended.
 
     client: address the request came from. `x-forwarded-for` grows by it; `x-forwarded-proto` and `-host` keep the
     value of the outermost proxy.
     """
-    headers: CIMultiDict[str] = CIMultiDict()
-    host = ""
-    listed: bytes | None = None
-    for name, value in raw:
-        if name in _NOT_UPSTREAM or name.startswith(_CONTROL_PREFIXES):
+    headers: list[tuple[bytes, bytes]] = []
+    forwarded: list[tuple[bytes, bytes]] = []
+    host = b""
+    listed: list[bytes] = []
+    for pair in raw:
+        name, value = pair
+        if name in _NOT_AS_IT_IS or name.startswith(_CONTROL_PREFIXES):
             if name == b"host":
-                host = _text(value)
+                host = value
             elif name == b"connection":
-                listed = value if listed is None else listed + b"," + value
-            continue
-        headers.add(name.decode("latin-1"), _text(value))
-    if listed is not None:
-        for named in _tokens(listed):
-            headers.popall(named.decode("latin-1"), None)
-    _forwarded(headers, client=client, scheme=scheme, host=host)
-    for field, text in added:
-        headers[field] = text
+                listed += _tokens(value)
+            elif name in _FORWARDED:
+                forwarded.append(pair)
+        else:
+            headers.append(pair)
+    if listed:
+        headers = [pair for pair in headers if pair[0] not in listed]
+        forwarded = [pair for pair in forwarded if pair[0] not in listed]
+    if extra := _encoded(added):
+        names = {name for name, _ in extra}
+        headers = [pair for pair in headers if pair[0] not in names] + extra
+    headers += _forwarding(forwarded, client=client, scheme=scheme, host=host)
     return headers
 
 
-def _forwarded(headers: CIMultiDict[str], *, client: str | None, scheme: str, host: str) -> None:
+def _forwarding(
+    before: list[tuple[bytes, bytes]], *, client: str | None, scheme: str, host: bytes
+) -> list[tuple[bytes, bytes]]:
+    """The three fields that say who asked for what, from what they said before."""
+    hops = [value for name, value in before if name == b"x-forwarded-for"]
     if client is not None:
-        before = headers.getall("x-forwarded-for", None)
-        headers["x-forwarded-for"] = client if before is None else ", ".join((*before, client))
-    headers.setdefault("x-forwarded-proto", scheme)
-    if host:
-        headers.setdefault("x-forwarded-host", host)
+        hops.append(client.encode("latin-1"))
+    told = dict(reversed(before))
+    fields = [(b"x-forwarded-for", b", ".join(hops))] if hops else []
+    fields.append((b"x-forwarded-proto", told.get(b"x-forwarded-proto") or scheme.encode()))
+    if host := told.get(b"x-forwarded-host") or host:
+        fields.append((b"x-forwarded-host", host))
+    return fields
 
 
 def client_headers(raw: RawHeaders, added: Iterable[tuple[str, str]], *, status: int) -> list[tuple[bytes, bytes]]:
     """An endpoint's response headers as the client may see them, `added` in place of fields of the same name."""
-    dropped = _HOP_BY_HOP
-    pairs = [(name.lower(), value) for name, value in raw]
-    for name, value in pairs:
-        if name == b"connection":
-            dropped = dropped | set(_tokens(value))
+    dropped: set[bytes] = set()
+    kept: list[tuple[bytes, bytes]] = []
+    for pair in raw:
+        name = pair[0]
+        if name not in _HOP_BY_HOP:
+            kept.append(pair)
+        elif name == b"connection":
+            dropped.update(_tokens(pair[1]))
         elif name == b"transfer-encoding":
-            dropped = dropped | {b"content-length"}  # RFC 9112 section 6.3: the coding overrides the length
+            dropped.add(b"content-length")  # RFC 9112 section 6.3: the coding overrides the length
     if status in _BODYLESS:
-        dropped = dropped | {b"content-length"}  # a 304 may tell the length of a body that does not follow
-    extra = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in added]
-    if extra:
-        dropped = dropped | {name for name, _ in extra}
-    return [pair for pair in pairs if pair[0] not in dropped] + extra
+        dropped.add(b"content-length")  # a 304 may tell the length of a body that does not follow
+    extra = _encoded(added)
+    dropped.update([name for name, _ in extra])
+    return [pair for pair in kept if pair[0] not in dropped] + extra
+
+
+def _encoded(fields: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in fields]
 
 
 def _tokens(value: bytes) -> list[bytes]:
     return [token.strip().lower() for token in value.split(b",")]
-
-
-def _text(value: bytes) -> str:
-    """A field value as text that the client side encodes to the same bytes (as UTF-8) again."""
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        # Latin-1 was allowed once (RFC 9110 section 5.5); what arrives upstream is the same text in UTF-8.
-        return value.decode("latin-1")

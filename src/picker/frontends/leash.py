@@ -10,6 +10,8 @@ import math
 
 from picker.types import FailureReason
 
+_LOOK_EVERY = 60.0  # seconds; an alarm is never set further ahead
+
 
 class Leash:
     """Holds one task. Pulling cancels the task; the task finds out why in `reason`.
@@ -58,7 +60,9 @@ class Leash:
             self._timer.cancel()
             self._timer = None
 
-    def _set_alarm(self, at: float) -> None:
+    def _set_alarm(self, deadline: float) -> None:
+        # An alarm that rings early only looks; so the next deadline, which may be sooner, needs no other alarm.
+        at = min(deadline, self._loop.time() + _LOOK_EVERY)
         if self._timer is not None:
             self._timer.cancel()
         self._alarm_at = at

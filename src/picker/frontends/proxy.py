@@ -25,6 +25,7 @@ from picker.exchange import (
     Headers,
     PassBody,
     PassHead,
+    Phase,
     RequestBody,
     RequestHead,
     Respond,
@@ -35,7 +36,8 @@ from picker.exchange import (
 from picker.frontends.headers import client_headers, upstream_headers
 from picker.frontends.leash import Leash
 from picker.frontends.serving import EXTENSION, Client, serve
-from picker.frontends.upstream import Reply, Upstream
+from picker.frontends.upstream import Upstream
+from picker.frontends.upstream_connection import Reply
 from picker.runtime import Runtime
 from picker.types import FailureReason
 from picker.wire import openai
@@ -92,7 +94,7 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self._upstream is not None, "the proxy has to be served by `serve`"
-        await _Passage(self, self._upstream, scope, receive, send).run()
+        await _Passage(self, self._upstream, scope, receive).run()
 
     def admits(self, headers: Mapping[str, str]) -> bool:
         """Whether the request carries the key; takes the same time whatever part of it is wrong."""
@@ -119,13 +121,12 @@ class _Passage:
         "reply",
         "runtime",
         "scope",
-        "send",
         "started",
         "unread",
         "upstream",
     )
 
-    def __init__(self, proxy: Proxy, upstream: Upstream, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, proxy: Proxy, upstream: Upstream, scope: Scope, receive: Receive) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.proxy = proxy
@@ -133,7 +134,6 @@ class _Passage:
         self.upstream = upstream
         self.scope = scope
         self.receive = receive
-        self.send = send
         self.client: Client = scope["extensions"][EXTENSION]["client"]
         self.leash = Leash(task, asyncio.get_running_loop())
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -216,6 +216,9 @@ class _Passage:
 
     async def _read_request(self, seconds: float) -> tuple[bytes, bool]:
         """The next bytes of the body, and whether more will come."""
+        if self.client.has_sent_all:
+            self.unread = False
+            return self.client.take(), False
         self.leash.within(seconds, FailureReason.CLIENT_GONE)
         message = await self.receive()
         if message["type"] == "http.disconnect":
@@ -235,9 +238,7 @@ class _Passage:
         body = None if forward.bodyless else forward.body
         self.leash.within(self.proxy.first_byte_timeout, FailureReason.TIMEOUT)
         try:
-            return await self.upstream.send(
-                forward.decision.endpoint, scope["method"], target.decode("latin-1"), headers, body
-            )
+            return await self.upstream.send(forward.decision.endpoint, scope["method"], target, headers, body)
         except asyncio.CancelledError:
             return self._overdue()
 
@@ -251,59 +252,58 @@ class _Passage:
     # the response
 
     async def _hand_on(self, reply: Reply) -> None:
-        idle, ended = self.proxy.idle_timeout, reply.ended
-        self.leash.within(idle, FailureReason.CLIENT_GONE)
-        for action in await self.runtime.receive(self.exchange, ResponseHead(reply.status, reply.headers, ended)):
-            await self._do(action)
-        while not ended:
-            self.leash.within(idle, FailureReason.TIMEOUT)
+        self._act(ResponseHead(reply.status, reply.headers, reply.ended))
+        while self.exchange.phase is not Phase.DONE:
+            if not self.client.has_room:
+                # A slow client slows its endpoint down, not our memory.
+                self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
+                await self.client.drain()
+            if not reply.waiting:
+                self.client.flush()
+            self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
             try:
-                data = await reply.read()
+                failure = await reply.pour(self._pass_on)
             except asyncio.CancelledError:
-                data = self._overdue()
-            event: ResponseBody | UpstreamFailed
-            if isinstance(data, bytes):
-                ended = reply.ended
-                event = ResponseBody(data, ended)
-            else:
-                ended = True
-                event = UpstreamFailed(data)
-            self.leash.within(idle, FailureReason.CLIENT_GONE)
-            for action in await self.runtime.receive(self.exchange, event):
-                await self._do(action)
+                failure = self._overdue()
+            if failure is not None:
+                self._act(UpstreamFailed(failure))
 
-    async def _do(self, action: Action) -> None:
-        match action:
-            case PassBody(data, end):
-                # Returns when uvicorn's buffer has room: a slow client slows its endpoint down, not our memory.
-                await self.send({"type": "http.response.body", "body": data, "more_body": not end})
-            case PassHead(added, end):
-                assert self.reply is not None
-                await self._start(
-                    self.reply.status, client_headers(self.reply.raw_headers, added, status=self.reply.status)
-                )
-                if end:
-                    await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-            case Cut():
-                self.client.cut_off()
-            case _:
-                raise AssertionError(f"{type(action).__name__} during a response")
+    def _pass_on(self, data: bytes, ended: bool) -> bool:
+        self._act(ResponseBody(data, ended))
+        self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
+        return not ended and self.client.has_room
 
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _act(self, event: ResponseHead | ResponseBody | UpstreamFailed) -> None:
+        """Tell what came of a response, and do what follows."""
+        for action in self.runtime.follow(self.exchange, event):
+            match action:
+                case PassBody(data, end):
+                    self.client.write(data, end=end)
+                case PassHead(added, end):
+                    self._pass_head(added, end)
+                case Cut():
+                    self.client.cut_off()
+                case _:
+                    raise AssertionError(f"{type(action).__name__} during a response")
+
+    def _pass_head(self, added: Headers, end: bool) -> None:
+        reply = self.reply
+        assert reply is not None
         self.started = True
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        self.client.start(reply.status, client_headers(reply.raw_headers, added, status=reply.status))
+        if end:
+            self.client.write(b"", end=True)
 
     async def _respond(self, answer: Respond) -> None:
         """Answer by ourselves; a request that was not read to its end also ends its connection."""
         fields = (*answer.headers, ("content-length", str(len(answer.body))), ("date", formatdate(usegmt=True)))
         headers = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in fields]
-        if self.unread:
-            headers.append((b"connection", b"close"))
         self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
-        await self._start(answer.status, headers)
-        await self.send({"type": "http.response.body", "body": answer.body, "more_body": True})
+        self.started = True
+        self.client.start(answer.status, headers, close=self.unread)
+        self.client.write(answer.body, end=False)
         await self._linger()
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        self.client.write(b"", end=True)
 
     async def _linger(self) -> None:
         now = asyncio.get_running_loop().time

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from picker.errors import ConfigError
@@ -25,6 +25,7 @@ _BACKLOG = 2048
 # sends requests should be the one that closes, else a request meets the closing. A request head may take as long.
 _KEEPALIVE_SECONDS = 120
 _MAX_HEAD_BYTES = 64 * 1024  # as h11 has it; uvicorn bounds heads only there
+_BODYLESS = frozenset((204, 304))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,13 +104,88 @@ async def _end(tasks: set[asyncio.Task[None]], grace: float) -> None:
 
 
 class Client:
-    """The client of one request: told of when it leaves, and can be cut off."""
+    """The client of one request: told of when it leaves, can be cut off, and takes a response with fewer steps.
 
-    __slots__ = ("_connection", "_cycle")
+    `start`, `write` and `flush` are what ASGI's `send` does, without its awaits, checks and separate writes of head
+    and body; a request is answered by either. They take header fields as they are: names in lower case, no control
+    characters, no `connection`, `transfer-encoding` nor wrong `content-length` among them.
+    """
+
+    __slots__ = ("_chunked", "_connection", "_cycle", "_head", "_silent")
 
     def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
         self._cycle = cycle
+        self._head = b""  # not sent yet
+        self._chunked = False
+        self._silent = False  # the response has no body, whatever its head says
+
+    @property
+    def has_sent_all(self) -> bool:
+        """The request's body is here to its end."""
+        return not self._cycle.more_body
+
+    def take(self) -> bytes:
+        """What has come of the request's body since the last time."""
+        cycle = self._cycle
+        data, cycle.body = bytes(cycle.body), bytearray()
+        cycle.message_event.clear()
+        return data
+
+    def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], *, close: bool = False) -> None:
+        """Begin the response; its head goes out with the first `write`, or by `flush`. close: the connection ends."""
+        cycle = self._cycle
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        cycle.keep_alive = cycle.keep_alive and not close
+        self._silent = cycle.scope["method"] == "HEAD" or status in _BODYLESS
+        self._chunked = not self._silent
+        lines = [STATUS_LINE.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        for field in headers:
+            if field[0] == b"content-length":
+                self._chunked = False
+            lines.append(b"%b: %b\r\n" % field)
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
+        self._head = b"".join(lines)
+
+    def write(self, data: bytes, *, end: bool) -> None:
+        """The next bytes of the response's body; nothing happens when the client has gone. See `has_room`."""
+        cycle = self._cycle
+        if cycle.disconnected:
+            return
+        head, self._head = self._head, b""
+        if self._silent:
+            data = head
+        elif not self._chunked:
+            data = head + data if head else data
+        elif data:
+            data = b"%b%x\r\n%b\r\n%b" % (head, len(data), data, b"0\r\n\r\n" if end else b"")
+        else:
+            data = head + b"0\r\n\r\n" if end else head
+        if data:
+            cycle.transport.write(data)
+        if end:
+            cycle.response_complete = True
+            cycle.message_event.set()
+            if not cycle.keep_alive:
+                cycle.transport.close()
+            cycle.on_response()
+
+    def flush(self) -> None:
+        """Send the head if it has not gone out yet."""
+        if self._head and not self._cycle.disconnected:
+            head, self._head = self._head, b""
+            self._cycle.transport.write(head)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the client keeps up with what is written, or has gone; else wait in `drain`."""
+        return not self._connection.flow.write_paused or self._cycle.disconnected
+
+    async def drain(self) -> None:
+        await self._connection.flow.drain()
 
     def watch(self, leave: Callable[[], None]) -> None:
         """Call `leave` when the connection is lost, also after the response, or at once when it has been lost already.
@@ -128,6 +204,7 @@ class Client:
 
         What was sent is still delivered, unless the client has stopped reading: then waiting would have no end.
         """
+        self.flush()
         # Has uvicorn expect nothing more of the application. By itself it does so only for the latest of several
         # requests that were sent without waiting for answers, and would log the others' end as a fault.
         self._cycle.disconnected = True
@@ -146,6 +223,7 @@ class ClientConnection(HttpToolsProtocol):
 
     leave: Callable[[], None] | None = None
     lost = False
+    _idle_since: float | None = None
     _declining = False
     _in_head = True
     _head_bytes = 0
@@ -155,6 +233,7 @@ class ClientConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # From the start, not only after a response: else a client that never finishes a head is never closed.
+        self._idle_since = self.loop.time()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
@@ -166,7 +245,8 @@ class ClientConnection(HttpToolsProtocol):
             return self._refuse(b"400 Bad Request", b"This is not an HTTP/1.1 request.")
         if not self._in_head:
             self._head_bytes = 0
-            return self._unset_keepalive_if_required()
+            self._idle_since = None
+            return None
         self._head_bytes += len(data)
         if self._head_bytes > _MAX_HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large", b"The request head is too large.")
@@ -184,6 +264,27 @@ class ClientConnection(HttpToolsProtocol):
         leave, self.leave = self.leave, None
         if leave is not None:
             leave()
+
+    def on_response_complete(self) -> None:
+        """What uvicorn does here, but for a timer a request: one goes on ringing and looks whether it is time."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = self.loop.time()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self._idle_since is None:
+            rest = float(self.timeout_keep_alive)
+        else:
+            rest = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if rest > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -1,63 +1,25 @@
 """The proxy's side towards the endpoints: pooled connections, one reply at a time, failures named.
 
-Owns the aiohttp session. Sends bodies as they are and hands replies on as they come: nothing is decoded, followed,
-remembered (cookies) or buffered. Decides nothing about retries between endpoints; `Exchange` does.
+Sends bodies as they are and hands replies on as they come: nothing is decoded, followed, remembered (cookies) or
+buffered beyond what back-pressure needs. Decides nothing about retries between endpoints; `Exchange` does. Why this is
+not a client from a library: docs/decisions/0006-upstream-client.md.
 """
 
 from __future__ import annotations
 
-import io
-import weakref
-from contextvars import ContextVar
-from typing import Any
+import asyncio
+import ssl
+from collections.abc import Iterable
 
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import Connection
-from multidict import CIMultiDict
-from yarl import URL
-
+from picker.frontends.upstream_connection import Reply, UpstreamConnection
 from picker.types import Endpoint, FailureReason
 
 # Below the 5 s after which vLLM's server closes an idle connection: a connection that both sides may close at the same
 # moment loses requests.
 KEEPALIVE_SECONDS = 4.0
-_ONE_PIECE_BYTES = 1024 * 1024
-
-_reused: ContextVar[bool] = ContextVar("reused", default=False)
-
-
-class Reply:
-    """One endpoint's response. Read it to its end, or close it: closing aborts the request at the endpoint."""
-
-    __slots__ = ("_content", "_response", "headers", "status")
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self._content = response.content
-        self.status = response.status
-        self.headers = response.headers
-
-    @property
-    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        return self._response.raw_headers
-
-    @property
-    def ended(self) -> bool:
-        """Everything has been read, and all of it was there."""
-        return self._content.at_eof()
-
-    async def read(self) -> bytes | FailureReason:
-        """The bytes that have come since the last read, or the next ones; b"" at the end."""
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, OSError):
-            return FailureReason.RESET
-
-    def close(self) -> None:
-        """Harmless after the end; before it, the connection is closed, which an engine takes as an abort."""
-        if not self.ended:
-            self._response.close()
+_JOINED_BYTES = 64 * 1024  # larger bodies are not copied to go out with their head
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+_WITHOUT_LENGTH = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # where no body is the rule (RFC 9110 section 8.6)
 
 
 class Upstream:
@@ -67,61 +29,127 @@ class Upstream:
     """
 
     def __init__(self, *, connect_timeout: float) -> None:
-        # One connector pools by address, and four idle seconds forget an endpoint that is gone.
-        self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            # Says what the client said and no more.
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            auto_decompress=False,
-        )
+        self._connect_timeout = connect_timeout
+        self._loop = asyncio.get_running_loop()
+        self._tls: ssl.SSLContext | None = None
+        self._open: set[UpstreamConnection] = set()
+        self._none_open = asyncio.Event()
+        self._idle: dict[tuple[str, str], list[UpstreamConnection]] = {}  # longest idle first
+        self._sweeper: asyncio.TimerHandle | None = None
 
     async def send(
-        self, endpoint: Endpoint, method: str, target: str, headers: CIMultiDict[str], body: bytes | None
+        self,
+        endpoint: Endpoint,
+        method: str,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: bytes | None,
     ) -> Reply | FailureReason:
         """Send a request and wait for the response head; there is no time limit on that wait.
 
-        target: path and query as the client wrote them. body: None when the request has none.
-        A connection that turns out to be closed after it was idle is replaced by another once: no endpoint is to
-        blame for a keep-alive that ran out on its side.
+        target: path and query as the client wrote them. headers: without host and content-length. body: None when the
+        request has none. A connection that turns out to be closed after it was idle is replaced by a new one: no
+        endpoint is to blame for a keep-alive that ran out on its side.
         """
-        url = URL(f"{endpoint.scheme}://{endpoint.address}{target}", encoded=True)
-        again = True
-        while True:
-            _reused.set(False)
-            try:
-                response = await self._session.request(
-                    method, url, headers=headers, data=_payload(body), allow_redirects=False
-                )
-                return Reply(response)
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
-                return FailureReason.CONNECT
-            except (aiohttp.ClientError, OSError):
-                if not (again and _reused.get()):
-                    return FailureReason.RESET
-                again = False
+        head, rest = _request(endpoint, method, target, headers, body)
+        connection = self._reusable(endpoint)
+        if connection is not None:
+            reply = await connection.ask(head, rest, head_only=method == "HEAD")
+            if reply is not None:
+                return reply
+            if not connection.silent:
+                return FailureReason.RESET
+        connection = await self._connect(endpoint)
+        if connection is None:
+            return FailureReason.CONNECT
+        return await connection.ask(head, rest, head_only=method == "HEAD") or FailureReason.RESET
 
     async def close(self) -> None:
-        await self._session.close()
+        """Close all connections, also those in use."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self._open):
+            connection.abort()
+        if self._open:
+            self._none_open.clear()
+            await self._none_open.wait()
 
+    # connections
 
-def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
-    # aiohttp writes bytes in one go, and warns above 1 MiB that this holds the loop up; a file it writes in pieces.
-    return io.BytesIO(body) if body is not None and len(body) > _ONE_PIECE_BYTES else body
-
-
-class _Connector(aiohttp.TCPConnector):
-    """Notes for each request whether its connection has carried one before."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._seen: weakref.WeakSet[ResponseHandler] = weakref.WeakSet()
-
-    async def connect(self, *args: Any, **options: Any) -> Connection:
-        connection = await super().connect(*args, **options)
-        protocol = connection.protocol
-        assert protocol is not None
-        _reused.set(protocol in self._seen)
-        self._seen.add(protocol)
+    async def _connect(self, endpoint: Endpoint) -> UpstreamConnection | None:
+        host, _, port = endpoint.address.rpartition(":")
+        place = (endpoint.scheme, endpoint.address)
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                _, connection = await self._loop.create_connection(
+                    lambda: UpstreamConnection(self._loop, self, place),
+                    host.strip("[]"),
+                    int(port),
+                    ssl=self._context() if endpoint.scheme == "https" else None,
+                )
+        except (OSError, UnicodeError):  # TimeoutError is an OSError; a name that cannot be one is a UnicodeError
+            return None
         return connection
+
+    def _context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def _reusable(self, endpoint: Endpoint) -> UpstreamConnection | None:
+        """An idle connection, the latest used first: the others may then grow old enough to be closed."""
+        idle = self._idle.get((endpoint.scheme, endpoint.address), [])
+        while idle:
+            connection = idle.pop()
+            if connection.open:
+                return connection
+        return None
+
+    def made(self, connection: UpstreamConnection) -> None:
+        self._open.add(connection)
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        self._open.discard(connection)
+        if not self._open:
+            self._none_open.set()
+
+    def rested(self, connection: UpstreamConnection) -> None:
+        """Keep a connection for the next request to its place."""
+        connection.idle_since = self._loop.time()
+        self._idle.setdefault(connection.place, []).append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(KEEPALIVE_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has been idle for too long, and forget places that nobody goes to."""
+        self._sweeper = None
+        deadline = self._loop.time() - KEEPALIVE_SECONDS
+        for place, idle in list(self._idle.items()):
+            kept = [connection for connection in idle if connection.open and connection.idle_since > deadline]
+            for connection in idle:
+                if connection.open and connection.idle_since <= deadline:
+                    connection.abort()
+            if kept:
+                self._idle[place] = kept
+            else:
+                del self._idle[place]
+        oldest = min((idle[0].idle_since for idle in self._idle.values()), default=None)
+        if oldest is not None:
+            self._sweeper = self._loop.call_at(oldest + KEEPALIVE_SECONDS, self._sweep)
+
+
+def _request(
+    endpoint: Endpoint, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes | None
+) -> tuple[bytes, bytes]:
+    """A request's head, with the body behind it when that is small, and what of the body goes out apart."""
+    host = endpoint.address.removesuffix(_DEFAULT_PORTS[endpoint.scheme])
+    lines = [f"{method} ".encode(), target, f" HTTP/1.1\r\nhost: {host}\r\n".encode()]
+    lines += [b"%b: %b\r\n" % pair for pair in headers]
+    if body is None:
+        lines.append(b"\r\n" if method in _WITHOUT_LENGTH else b"content-length: 0\r\n\r\n")
+        return b"".join(lines), b""
+    lines.append(b"content-length: %d\r\n\r\n" % len(body))
+    if len(body) > _JOINED_BYTES:
+        return b"".join(lines), body
+    lines.append(body)
+    return b"".join(lines), b""

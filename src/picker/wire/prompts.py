@@ -134,7 +134,7 @@ def chat_prompt(options: Options, messages: Iterable[Item]) -> bytes:
     """
     out: list[bytes] = []
     _add_options(out, options)
-    if (tools := bytes(options.tools)) not in _ABSENT:
+    if options.tools and (tools := bytes(options.tools)) not in _ABSENT:
         out += (b"\xfet", _utf8(tools))
     for message in messages:
         _add_message(out, message)
@@ -185,7 +185,7 @@ def _add_options(out: list[bytes], options: Options) -> None:
         (b"\xffp", options.mm_processor_kwargs),
         (b"\xffs", options.add_special_tokens),
     )
-    present = [(tag, data) for tag, raw in fronts if (data := bytes(raw)) not in _ABSENT]
+    present = [(tag, data) for tag, raw in fronts if raw and (data := bytes(raw)) not in _ABSENT]
     if present:
         out.append(b"\xfeo")
     for tag, data in present:
@@ -203,6 +203,12 @@ def _add_message(out: list[bytes], message: Item) -> None:
     _add_content(out, message.content)
     if message.tool_calls:
         _add_tool_calls(out, message.tool_calls)
+    if message.arguments or message.output or message.tools or message.summary:
+        _add_item(out, message)
+
+
+def _add_item(out: list[bytes], message: Item) -> None:
+    """What items of a Responses `input` have beside a message."""
     for tag, raw in (
         (b"\xffa", message.arguments),
         (b"\xffu", message.output),

@@ -51,7 +51,10 @@ class _Output(msgspec.Struct):
 
     def empty(self) -> bool:
         fields = (self.content, self.reasoning, self.reasoning_content, self.tool_calls)
-        return all(bytes(raw) in _EMPTY for raw in (*fields, self.function_call, self.refusal, self.audio))
+        for raw in (*fields, self.function_call, self.refusal, self.audio):
+            if raw and bytes(raw) not in _EMPTY:
+                return False
+        return True
 
 
 class _Choice(msgspec.Struct):
@@ -62,8 +65,9 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
     def empty(self) -> bool:
-        bare = bytes(self.text) in _EMPTY and bytes(self.token_ids) in _EMPTY
-        return bare and all(output is None or output.empty() for output in (self.delta, self.message))
+        if bytes(self.text) not in _EMPTY or bytes(self.token_ids) not in _EMPTY:
+            return False
+        return (self.delta is None or self.delta.empty()) and (self.message is None or self.message.empty())
 
 
 class _Inner(msgspec.Struct):
@@ -217,6 +221,8 @@ class StreamObserver:
         if self.first_token and self._passes_by(data):
             return
         for block in data.split(_GAP):
+            if not block:
+                continue  # what follows the last gap
             if len(block) > MAX_EVENT_BYTES:
                 self._skip()
             elif not self.first_token or not self._passes_by(block):
@@ -236,11 +242,12 @@ class StreamObserver:
 
     def _close(self) -> None:
         """The body is over. An event that lacks no more than its blank line counts; a fragment does not."""
-        payload = _payload(bytes(self._pending))
         if self._skipping:
             self._skip()
-        elif payload == _DONE or attempt(_event, payload) is not None:
-            self._observe(payload)
+        elif self._pending:
+            payload = _payload(bytes(self._pending))
+            if payload == _DONE or attempt(_event, payload) is not None:
+                self._observe(payload)
         self._pending.clear()
         self._skipping = False
         self.done = self.done or (self._began and not self._known)
@@ -389,7 +396,7 @@ def _payload(block: bytes) -> bytes:
 
 def _error_status(event: _Event) -> int | None:
     """HTTP status of an error event; 500 where it names none."""
-    nested = bytes(event.error) not in _EMPTY
+    nested = bool(event.error) and bytes(event.error) not in _EMPTY
     if not nested and event.object != "error" and event.type != "error":
         return None
     # A bare message in place of an object has no code either.
