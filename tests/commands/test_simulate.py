@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,51 @@ def test_the_list_names_scenarios_policies_and_models() -> None:
         assert all(word in said for word in ("S2", "agentic", "least-request", "deepseek-v3-8xh200"))
 
 
+def test_several_scenarios_are_run_one_after_the_other_and_each_once() -> None:
+    found = runs("--scenario", "S2,agentic,S3", *SMALL[2:], "--policy", "random", "--limit", "5")
+    assert [run["scenario"] for run in found] == ["agentic", "bursty-chat"]
+
+
+def test_the_table_tells_how_sure_a_ratio_is_when_there_are_seeds() -> None:
+    flags = (*SMALL, "--policy", "random,picker", "--limit", "40")
+    assert not re.search(r"\d \[\d", call(*flags).stdout)
+    assert re.search(r"\d \[\d\.\d+, \d\.\d+\]", call(*flags, "--seeds", "2").stdout)
+
+
+def saved(folder: Path, name: str, *flags: str) -> str:
+    path = folder / name
+    path.write_text(call(*SMALL, *flags, "--json").stdout, encoding="utf-8")
+    return str(path)
+
+
+def test_what_was_saved_is_joined_and_shown_without_running(tmp_path: Path) -> None:
+    first = saved(tmp_path, "a.json", "--policy", "picker")
+    other = saved(tmp_path, "b.json", "--policy", "random")
+    joined = json.loads(call("--from", first, "--from", other, "--json").stdout)
+    assert [run["policy"] for run in joined["runs"]] == ["picker", "random"]
+    assert json.loads(Path(first).read_text(encoding="utf-8"))["runs"] == joined["runs"][:1]
+    assert "Agentic coding sessions" in call("--from", first).stdout
+
+
+def test_a_report_is_written_beside_the_json(tmp_path: Path) -> None:
+    for library in ("matplotlib", "jinja2"):
+        pytest.importorskip(library, reason=f"needs {library}: pip install 'picker-gateway[report]'")
+    page = tmp_path / "out.html"
+    result = call(*SMALL, "--policy", "random", "--json", "--report", str(page))
+    assert json.loads(result.stdout)["runs"]
+    assert str(page) in result.stderr
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_without_its_libraries_a_report_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "picker.sim.report.page", raising=False)
+    monkeypatch.delitem(sys.modules, "picker.sim.report.plots", raising=False)
+    monkeypatch.delattr("picker.sim.report.page", raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'picker-gateway\[report\]'"):
+        call(*SMALL, "--report", str(tmp_path / "out.html"))
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
@@ -109,6 +156,12 @@ def test_the_list_names_scenarios_policies_and_models() -> None:
         ((*SMALL, "--rate-scale", "0"), "must be positive"),
         ((*SMALL, "--trace-format", "mooncake"), "without --trace"),
         (("--trace", "absent.jsonl"), "absent.jsonl"),
+        (("--scenario", "S2,S3", "--trace", "absent.jsonl"), "name one scenario"),
+        ((*SMALL, "--policy", ","), "names none"),
+        (("--from", "absent.json"), r"absent\.json: No such file"),
+        (("--from", "pyproject.toml"), "is not JSON"),
+        ((*SMALL, "--from", "runs.json"), "leave out --scenario"),
+        ((*SMALL, "--report", "absent/out.html"), "no folder absent"),
     ],
 )
 def test_wrong_usage_is_told_in_a_line(flags: tuple[str, ...], complaint: str) -> None:

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from picker.sim.cluster import Outcome
-from picker.sim.result import figures, percentile, ratio_interval
+from picker.sim.result import figures, percentile
 
 
 def served(at: float, ttft: float, *, endpoint: str = "a", cached: int = 0) -> Outcome:
@@ -28,8 +27,10 @@ def test_figures_of_served_requests() -> None:
         "failed": 0,
         "ttft_mean_s": 1.0,
         "ttft_p50_s": 0.5,
+        "ttft_p90_s": 1.5,
         "ttft_p95_s": 1.5,
         "ttft_p99_s": 1.5,
+        "ttft_growth": None,
         "e2e_mean_s": 2.0,
         "e2e_p95_s": 2.5,
         "tpot_mean_s": 0.1,
@@ -64,16 +65,13 @@ def test_a_percentile_is_a_value_that_was_seen() -> None:
     assert percentile([], 0.5) is None
 
 
-def test_a_ratio_is_surer_the_more_alike_the_pairs_are() -> None:
-    theirs = [1.0, 2.0, 4.0, 8.0, 16.0]
-    rng = np.random.default_rng(1)
-    steady = ratio_interval([0.5 * value for value in theirs], theirs, rng)
-    noisy = ratio_interval([0.9, 0.5, 3.0, 2.0, 9.1], theirs, rng)
-    assert (steady.low, steady.ratio, steady.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert noisy.ratio == pytest.approx(0.5)
-    assert noisy.low < 0.45 < 0.55 < noisy.high
+def test_growth_is_the_slope_of_the_wait_over_arrivals() -> None:
+    rising = [served(float(n), 0.5 + 0.02 * n) for n in range(20)]
+    assert figures(rising, pods=1)["ttft_growth"] == pytest.approx(0.02)
+    assert figures([*rising, failed(3.0)], pods=1)["ttft_growth"] == pytest.approx(0.02)
+    assert figures([served(n / 10.0, 0.5) for n in range(20)], pods=1)["ttft_growth"] == 0.0
 
 
-def test_values_that_make_no_pairs_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not make pairs"):
-        ratio_interval([1.0], [], np.random.default_rng(0))
+def test_too_few_requests_or_one_instant_have_no_slope() -> None:
+    assert figures([served(float(n), 1.0) for n in range(9)], pods=1)["ttft_growth"] is None
+    assert figures([served(1.0, 1.0 * n) for n in range(20)], pods=1)["ttft_growth"] is None

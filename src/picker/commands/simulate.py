@@ -12,13 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from types import ModuleType
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from picker import __version__
 from picker.errors import ConfigError
@@ -27,26 +25,13 @@ from picker.sim import latency
 from picker.sim.bounds import REFERENCES
 from picker.sim.capacity import stable_rate
 from picker.sim.policies import POLICIES, policy
-from picker.sim.result import ratio_interval
+from picker.sim.report import saved, terminal
+from picker.sim.report.saved import Row, Saved
 from picker.sim.scenario import Scenario, scenario, scenarios, trace_scenario
 from picker.sim.trial import Trial, simulate
 from picker.sim.workload import SharedPrefix
 
-Row = dict[str, object]
-
 _DEFAULT_POLICIES = "round-robin,least-request,picker"
-_WIDTH = 140
-# Columns of the table: heading, key, format.
-_COLUMNS = (
-    ("failed", "failed", "{:.0f}"),
-    ("TTFT mean", "ttft_mean_s", "{:.3f}"),
-    ("P95", "ttft_p95_s", "{:.3f}"),
-    ("P99", "ttft_p99_s", "{:.3f}"),
-    ("E2E mean", "e2e_mean_s", "{:.2f}"),
-    ("TPOT", "tpot_mean_s", "{:.4f}"),
-    ("hit", "hit_ratio", "{:.3f}"),
-    ("out tok/s", "output_tokens_per_s", "{:.0f}"),
-)
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
@@ -60,7 +45,12 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 
 
 @click.command()
-@click.option("--scenario", "called", metavar="NAME", help="A scenario by number or name; --list shows them.")
+@click.option(
+    "--scenario",
+    "called",
+    metavar="NAME[,NAME...]",
+    help="Scenarios by number or name, or `all`; --list shows them.",
+)
 @click.option(
     "--trace", "trace_file", type=click.Path(path_type=Path), metavar="FILE", help="A recorded trace instead."
 )
@@ -86,6 +76,15 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The first of them.")
 @click.option("--scrape-interval", type=float, metavar="S", help="How old metrics may be.  [default: the scenario's]")
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes.  [default: one per core]")
+@click.option(
+    "--from",
+    "saved_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Run nothing: show what --json printed before; repeat to join.",
+)
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a page of HTML with plots.")
 @click.option("--list", "listing", is_flag=True, help="Name the scenarios, policies and model profiles.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(
@@ -103,6 +102,8 @@ def command(
     seed: int,
     scrape_interval: float | None,
     jobs: int | None,
+    saved_files: tuple[Path, ...],
+    report: Path | None,
     listing: bool,
     as_json: bool,
 ) -> None:
@@ -113,53 +114,82 @@ def command(
 
     \b
     picker simulate --scenario agentic --policy round-robin,picker --load 0.5,0.7
+    picker simulate --scenario S2,S3 --load 0.5,0.7 --seeds 5 --json --report report.html > runs.json
+    picker simulate --from runs.json --report report.html
     picker simulate --trace conversation_trace.jsonl --pods 8 --model qwen3-32b-2xh100
     """
     if listing:
         _list(as_json=as_json)
         return
+    renderer = None if report is None else _renderer(report)
+    about: dict[str, tuple[str, str]] = {}
+    if saved_files:
+        if called is not None or trace_file is not None:
+            raise ConfigError("--from shows runs of before: leave out --scenario and --trace")
+        shown = saved.load(saved_files)
+    else:
+        _check(loads, rate_scale, scrape_interval)
+        names = _policies(policies)
+        settings = [
+            _rates(each.with_pods(count=pods, model=model, kv_tokens=kv_tokens), loads, rate_scale, limit)
+            for each in _scenarios(called, trace_file, trace_format, model)
+        ]
+        trials = [
+            Trial(chosen, name, rate, seed=seed + n, load=load, limit=limit, scrape_interval=scrape_interval)
+            for chosen, rates in settings
+            for load, rate in rates
+            for n in range(seeds)
+            for name in names
+        ]
+        runs = _run(trials, jobs or os.cpu_count() or 1)
+        shown = Saved(runs, (shlex.join(["picker", *sys.argv[1:]]),), (__version__,))
+        about |= {chosen.name: (chosen.title, chosen.unit) for chosen, _ in settings}
+    _show(shown, about, as_json=as_json)
+    if renderer is not None and report is not None:
+        _write(renderer, report, shown)
+
+
+# --- what to run ---------------------------------------------------------------------------------------------
+
+
+def _check(loads: Sequence[float], rate_scale: float | None, scrape_interval: float | None) -> None:
     if loads and rate_scale is not None:
         raise ConfigError("--load and --rate-scale both say how much: give one of them")
     if rate_scale is not None and not rate_scale > 0:
         raise ConfigError(f"--rate-scale must be positive, not {rate_scale:g}")
     if scrape_interval is not None and not scrape_interval > 0:
         raise ConfigError(f"--scrape-interval must be positive, not {scrape_interval:g}")
-    names = [name for name in policies.split(",") if name]
+
+
+def _policies(named: str) -> list[str]:
+    names = list(dict.fromkeys(name for name in named.split(",") if name))
     for name in names:
         if name not in REFERENCES:
             policy(name)
-    chosen = _scenario(called, trace_file, trace_format)
-    if model is not None:
-        latency.profile(model)
-    chosen = chosen.with_pods(count=pods, model=model, kv_tokens=kv_tokens)
-    chosen, rates = _rates(chosen, loads, rate_scale, limit)
-    trials = [
-        Trial(chosen, name, rate, seed=seed + n, load=load, limit=limit, scrape_interval=scrape_interval)
-        for load, rate in rates
-        for n in range(seeds)
-        for name in names
-    ]
-    runs = _run(trials, jobs or os.cpu_count() or 1)
-    if as_json:
-        words = shlex.join(["picker", *sys.argv[1:]])
-        click.echo(json.dumps({"runs": runs, "version": __version__, "command": words}, allow_nan=False))
-    else:
-        _print(chosen, runs, names)
+    if not names:
+        raise ConfigError("--policy names none: --list shows them")
+    return names
 
 
-# --- what to run ---------------------------------------------------------------------------------------------
-
-
-def _scenario(called: str | None, trace_file: Path | None, trace_format: str | None) -> Scenario:
+def _scenarios(
+    called: str | None, trace_file: Path | None, trace_format: str | None, model: str | None
+) -> list[Scenario]:
+    """What to run, each once, in the order it was asked for."""
     if called is None and trace_file is None:
         raise ConfigError("say what to simulate: --scenario NAME or --trace FILE (--list names scenarios)")
-    chosen = scenario(called) if called is not None else trace_scenario()
+    if model is not None:
+        latency.profile(model)
+    words = scenarios() if called == "all" else [word for word in (called or "").split(",") if word]
+    named = {found.number: found for found in map(scenario, words)}
+    chosen = list(named.values()) or [trace_scenario()]
     if trace_file is None:
         if trace_format is not None:
             raise ConfigError("--trace-format says nothing without --trace")
         return chosen
+    if len(chosen) > 1:
+        raise ConfigError("--trace replays one trace on one scenario's pods: name one scenario")
     rows = trace.load(trace_file, trace.TraceFormat(trace_format) if trace_format else None)
-    return chosen.replaying(rows, name=trace_file.name)
+    return [chosen[0].replaying(rows, name=trace_file.name)]
 
 
 def _rates(
@@ -187,7 +217,7 @@ def _run(trials: Sequence[Trial], jobs: int) -> list[Row]:
     """Run them all, in processes where that helps; results in the order of the trials."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{trials[0].scenario.name}", total=len(trials))
+        task = bar.add_task("simulating", total=len(trials))
 
         def advance(row: Row) -> Row:
             bar.advance(task)
@@ -232,46 +262,42 @@ def _list(*, as_json: bool) -> None:
     click.echo("model profiles:\n  " + "\n  ".join(latency.profiles()))
 
 
-def _print(chosen: Scenario, runs: Sequence[Row], names: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)  # not the 80 columns that rich takes a file to have
-    for load in dict.fromkeys(run["load"] for run in runs):
-        of_load = [run for run in runs if run["load"] == load]
-        level = "" if load is None else f", load {load:g}"
-        rate = of_load[0]["rate"]
-        table = Table(title=f"{chosen.title}{level}: {rate:g} {chosen.unit}", title_justify="left")
-        table.add_column("policy")
-        table.add_column("requests", justify="right")
-        for heading, _, _ in _COLUMNS:
-            table.add_column(heading, justify="right")
-        if len(names) > 1:
-            table.add_column(f"TTFT / {names[0]}", justify="right")
-        for name in names:
-            table.add_row(*_cells(name, names, of_load))
-        console.print(table)
+def _show(shown: Saved, about: dict[str, tuple[str, str]], *, as_json: bool) -> None:
+    if as_json:
+        version, words = ", ".join(shown.versions), "; ".join(shown.commands)
+        click.echo(json.dumps({"runs": shown.runs, "version": version, "command": words}, allow_nan=False))
+        return
+    names = {str(run["scenario"]) for run in shown.runs}
+    terminal.show(shown.runs, {name: _about(name) for name in names} | about)
 
 
-def _cells(name: str, names: Sequence[str], runs: Sequence[Row]) -> list[str]:
-    mine = [run for run in runs if run["policy"] == name]
-    cells = [name, f"{fmean(_known(mine, 'requests')):.0f}"]
-    for _, key, form in _COLUMNS:
-        known = _known(mine, key)
-        cells.append(form.format(fmean(known)) if len(known) == len(mine) else "-")
-    if len(names) > 1:
-        cells.append(_against(mine, [run for run in runs if run["policy"] == names[0]]))
-    return cells
+def _about(name: str) -> tuple[str, str]:
+    """Title and unit of a scenario that runs name; ours alone are known."""
+    try:
+        known = scenario(name)
+    except ConfigError:
+        return name, ""
+    return known.title, known.unit
 
 
-def _against(mine: Sequence[Row], first: Sequence[Row]) -> str:
-    """Mean TTFT over that of the first policy, with its interval where there are seeds to tell."""
-    ours, theirs = _known(mine, "ttft_mean_s"), _known(first, "ttft_mean_s")
-    if len(ours) != len(theirs) or not ours:
-        return "-"
-    interval = ratio_interval(ours, theirs, np.random.default_rng(0))
-    bounds = f" [{interval.low:.3f}, {interval.high:.3f}]" if len(ours) > 1 else ""
-    return f"{interval.ratio:.3f}{bounds}"
+def _renderer(file: Path) -> ModuleType:
+    """What writes pages. Asked for before anything runs: nobody should wait to be told that it cannot."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"--report {file}: there is no folder {file.parent}")
+    try:
+        from picker.sim.report import page
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("jinja2", "matplotlib"):
+            raise
+        raise ConfigError(f"--report needs {error.name}: pip install 'picker-gateway[report]'") from None
+    return page
 
 
-def _known(runs: Sequence[Row], key: str) -> list[float]:
-    return [float(value) for run in runs if isinstance(value := run[key], (int, float))]
+def _write(renderer: ModuleType, file: Path, shown: Saved) -> None:
+    names = dict.fromkeys(str(run["scenario"]) for run in shown.runs)
+    origin = renderer.Origin(f"picker simulate: {', '.join(names)}", shown.commands, shown.versions)
+    try:
+        file.write_text(renderer.render(shown.runs, origin), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--report {file}: {error.strerror}") from None
+    click.echo(f"wrote {file}", err=True)

@@ -1,4 +1,4 @@
-"""The figures of a run in virtual time, by the names of `picker simulate --json`, and how sure a ratio of two is.
+"""The figures of a run in virtual time, by the names of `picker simulate --json`.
 
 Times are virtual seconds from the intended arrival. Failed requests are left out of means and counted in `failed`; in
 percentiles they are infinitely late, so one that falls among them is None.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from picker.sim.cluster import Outcome
 
 Figures = dict[str, float | int | None]
+
+# A slope through fewer requests says nothing.
+_FEWEST = 10
 
 
 def figures(outcomes: Sequence[Outcome], *, pods: int, measured_from: float = 0.0) -> Figures:
@@ -30,8 +32,10 @@ def figures(outcomes: Sequence[Outcome], *, pods: int, measured_from: float = 0.
         "failed": len(measured) - len(good),
         "ttft_mean_s": _mean(outcome.ttft for outcome in good),
         "ttft_p50_s": percentile(ttft, 0.50),
+        "ttft_p90_s": percentile(ttft, 0.90),
         "ttft_p95_s": percentile(ttft, 0.95),
         "ttft_p99_s": percentile(ttft, 0.99),
+        "ttft_growth": _growth(good),
         "e2e_mean_s": _mean(outcome.e2e for outcome in good),
         "e2e_p95_s": percentile(e2e, 0.95),
         "tpot_mean_s": _mean(_tpot(outcome) for outcome in good if outcome.output_tokens > 1),
@@ -48,6 +52,16 @@ def percentile(values: Sequence[float], q: float) -> float | None:
         return None
     value = sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
     return _rounded(value) if math.isfinite(value) else None
+
+
+def _growth(outcomes: Sequence[Outcome]) -> float | None:
+    """Seconds by which the wait for a first token grows in a second of arrivals: a least-squares slope."""
+    if len(outcomes) < _FEWEST:
+        return None
+    at, ttft = np.array([(outcome.at, outcome.ttft) for outcome in outcomes]).T
+    at -= at.mean()
+    spread = float(at @ at)
+    return _rounded(float(at @ ttft) / spread) if spread else None
 
 
 def _duration(outcomes: Sequence[Outcome]) -> float:
@@ -76,31 +90,3 @@ def _ratio(part: float, whole: float) -> float | None:
 
 def _rounded(value: float) -> float:
     return round(value, 6)
-
-
-# --- comparing -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A ratio and the bounds of its 95 % confidence interval."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def ratio_interval(
-    ours: Sequence[float], theirs: Sequence[float], rng: np.random.Generator, resamples: int = 4000
-) -> Interval:
-    """Mean of `ours` over mean of `theirs`, value i of both from the same seed: paired bootstrap over the seeds.
-
-    With few seeds the interval is rough, and with one it is a point. Raises ValueError for sequences of unequal length.
-    """
-    if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} and {len(theirs)} values do not make pairs")
-    a, b = np.asarray(ours), np.asarray(theirs)
-    drawn = rng.integers(0, len(a), (resamples, len(a)))
-    ratios = a[drawn].mean(axis=1) / b[drawn].mean(axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Interval(float(a.mean() / b.mean()), float(low), float(high))
