@@ -15,7 +15,7 @@ GENERATED = "wire.pb"
 NOUNS = ("types", "errors")
 PURE_SIM = (
     *("sim.adapters", "sim.blocks", "sim.kernel", "sim.engine", "sim.latency", "sim.workload", "sim.sessions"),
-    *("sim.cluster", "sim.policies", "sim.bounds"),
+    *("sim.cluster", "sim.policies", "sim.bounds", "sim.greedy_oracle", "sim.regret"),
 )
 DECIDING = (*NOUNS, "core", "prefix", "scorers")
 SHELL = (*DECIDING, "wire", "exchange", "runtime", "tokenizers", "telemetry", "config")

@@ -18,6 +18,7 @@ COMMANDS = {
     "epp": ("epp", "Envoy ext-proc service: an endpoint picker."),
     "sim": ("sim", "Simulated vLLM pods over HTTP."),
     "simulate": ("simulate", "Policies against each other on modelled pods, in virtual time."),
+    "regret": ("regret", "Single decisions of a policy against the best that could have been made."),
     "load": ("load", "Open-loop load against any OpenAI-compatible server."),
     "bench": ("bench", "This machine's performance figures, each against its baseline."),
     "config": ("config", "Show, validate or describe the configuration."),

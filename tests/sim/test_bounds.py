@@ -140,7 +140,7 @@ def test_a_faster_pod_gets_more() -> None:
 
 
 def test_references_are_named_as_the_command_names_them() -> None:
-    assert set(REFERENCES) == {"pooled-fcfs", "floor"}
+    assert set(REFERENCES) == {"pooled-fcfs", "greedy-oracle", "floor"}
 
 
 # --- hit ratios ---

@@ -4,12 +4,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from picker.sim.cluster import Arrival, Cluster, Incident, Outcome, Timing, Trouble
-from picker.sim.engine import Engine
+from picker.sim.cluster import Arrival, Cluster, Incident, Outcome, Patience, Timing, Trouble, _Pod
+from picker.sim.engine import Engine, StepResult
 from picker.sim.latency import Profile, profile
 from picker.sim.workload import Context
 from picker.types import (
@@ -70,10 +71,18 @@ def engine_of(name: str, started_at: float = 0.0, of: Profile = PROFILE) -> Engi
     return Engine(of, name=name, started_at=started_at)
 
 
-def cluster(pods: int, *incidents: Incident, timing: Timing = TIMING, of: Profile = PROFILE) -> tuple[Cluster, Turns]:
+def cluster(
+    pods: int,
+    *incidents: Incident,
+    timing: Timing = TIMING,
+    of: Profile = PROFILE,
+    patience: Patience | None = None,
+    kind: type[Cluster] = Cluster,
+) -> tuple[Cluster, Turns]:
     router = Turns()
-    engines = [engine_of(f"pod-{n}", of=of) for n in range(pods)]
-    return Cluster(router, engines, timing=timing, incidents=incidents, engine_of=engine_of), router
+    engines = [Engine(of, name=f"pod-{n}", noise=np.random.default_rng(n)) for n in range(pods)]
+    made = kind(router, engines, timing=timing, incidents=incidents, engine_of=engine_of, patience=patience)
+    return made, router
 
 
 def ask(at: float, *, key: int = 1, tokens: int = 1000, output: int = 10) -> Arrival:
@@ -129,23 +138,72 @@ def test_what_has_not_ended_when_the_run_does_has_failed() -> None:
     assert (early.failed, late.failed) == (False, True)
 
 
-def test_merging_decode_steps_changes_nothing_that_anyone_sees() -> None:
+class Prompt(Cluster):
+    """Never leaves an engine behind."""
+
+    def _quiet(self, pod: _Pod) -> float:
+        return 0.0
+
+
+def scattered(count: int) -> Iterable[Arrival]:
     rng = np.random.default_rng(7)
-    plans = [(float(at), int(rng.integers(20, 3000)), int(rng.integers(2, 90))) for at in np.arange(0.0, 20.0, 0.4)]
+    for n in range(count):
+        tokens, output = int(rng.integers(20, 3000)), int(rng.integers(1, 600))
+        first = ask(0.4 * n, key=tokens, tokens=tokens, output=output)
+        yield replace(first, then=partial(once_more, tokens, output) if tokens % 2 else None)
 
-    def outcomes(think: float) -> list[tuple[float, float]]:
-        def session(at: float, tokens: int, output: int) -> Arrival:
-            def then(ended_at: float) -> Arrival | None:
-                return None if tokens % 2 else ask(ended_at + 2.5, key=tokens, tokens=tokens + output, output=5)
 
-            return replace(ask(at, key=tokens, tokens=tokens, output=output), then=then)
+def once_more(tokens: int, output: int, ended_at: float) -> Arrival:
+    return ask(ended_at + 0.5, key=tokens, tokens=tokens + output, output=5)
 
-        made, _ = cluster(2, timing=replace(TIMING, think=think))
-        return [(o.first_token_at, o.ended_at) for o in made.run(session(*plan) for plan in plans)]
 
-    merged, single = outcomes(2.0), outcomes(0.0)
-    assert len(merged) > len(plans)
-    np.testing.assert_allclose(merged, single)
+@pytest.mark.parametrize("kv_tokens", [PROFILE.kv_tokens, 6_000])
+def test_an_engine_that_is_left_behind_is_seen_as_if_it_were_not(kv_tokens: int) -> None:
+    noisy = replace(PROFILE, noise_sd=0.05, kv_tokens=kv_tokens)
+    trouble = (
+        Incident(5.0, Trouble.SLOW, "pod-0", factor=3.0),
+        Incident(7.0, Trouble.HANG, "pod-1", seconds=2.0),
+        Incident(9.0, Trouble.KILL, "pod-0"),
+    )
+
+    def seen(kind: type[Cluster]) -> tuple[list[list[float]], list[list[float]]]:
+        made, router = cluster(3, *trouble, of=noisy, kind=kind)
+        times = [[o.first_token_at, o.ended_at] for o in made.run(scattered(60))]
+        loads = [fact for fact in told(router, LoadObserved) if isinstance(fact, LoadObserved)]
+        preempted = sum(pod.engine.counters.preemptions for pod in made._pods.values())
+        assert bool(preempted) == (kv_tokens < PROFILE.kv_tokens)
+        return times, [[load.observed_at, load.running or 0, load.waiting or 0] for load in loads]
+
+    (late, late_loads), (prompt, prompt_loads) = seen(Cluster), seen(Prompt)
+    np.testing.assert_allclose(late, prompt)
+    np.testing.assert_allclose(late_loads, prompt_loads)
+
+
+def test_who_was_preempted_ends_when_it_does() -> None:
+    def ends(kind: type[Cluster]) -> list[float]:
+        made, _ = cluster(1, of=replace(PROFILE, noise_sd=0.05, kv_tokens=4000), kind=kind)
+        outcomes = made.run([ask(0.0, output=1500), ask(0.1, key=2, output=1500)])
+        assert made._pods["pod-0"].engine.counters.preemptions
+        return [outcome.ended_at for outcome in outcomes]
+
+    np.testing.assert_allclose(ends(Cluster), ends(Prompt))
+
+
+class Stepped(Engine):
+    """Counts how often it is stepped."""
+
+    steps = 0
+
+    def step(self, now: float, horizon: float | None = None) -> StepResult | None:
+        self.steps += 1
+        return super().step(now, horizon)
+
+
+def test_an_engine_that_writes_a_long_answer_is_seldom_stepped() -> None:
+    engine = Stepped(replace(PROFILE, noise_sd=0.05), name="pod-0", noise=np.random.default_rng(1))
+    Cluster(Turns(), [engine], timing=TIMING).run([ask(0.0, output=4000)])
+    assert engine.counters.generation_tokens == 4000
+    assert engine.steps < 40
 
 
 def test_an_adapter_is_asked_for_as_a_model() -> None:
@@ -199,14 +257,15 @@ def test_a_request_that_has_seen_its_first_token_is_lost_with_its_pod() -> None:
     outcomes, router = run(2, [session], Incident(2.0, Trouble.KILL, "pod-0"))
     assert len(outcomes) == 1
     assert outcomes[0].failed
-    assert outcomes[0].first_token_at < 2.0
+    assert outcomes[0].first_token_at < 2.0 == outcomes[0].failed_at
+    assert outcomes[0].unsavable
     assert [type(fact) for fact in told(router, FirstToken, Finished, Failed)] == [FirstToken, Failed]
 
 
 def test_a_dead_pod_refuses_and_the_third_refusal_is_the_last() -> None:
     kills = [Incident(0.5, Trouble.KILL, f"pod-{n}") for n in range(4)]
     (outcome,), router = run(4, [ask(1.0)], *kills)
-    assert (outcome.failed, outcome.attempts) == (True, 3)
+    assert (outcome.failed, outcome.attempts, outcome.unsavable) == (True, 3, False)
     assert told(router, Failed) == [Failed(1, FailureReason.CONNECT)] * 3
     (outcome,), _ = run(4, [ask(1.0)], kills[0], kills[2])
     assert (outcome.failed, outcome.attempts, outcome.endpoint) == (False, 3, "pod-1")
@@ -236,6 +295,52 @@ def test_a_hanging_pod_takes_requests_and_answers_them_later() -> None:
     assert not any(outcome.failed for outcome in outcomes)
     assert outcomes[0].ended_at > 21.0
     assert 21.0 < outcomes[1].first_token_at < 21.5
+
+
+HANG = Incident(5.0, Trouble.HANG, "pod-0", seconds=60.0)
+
+
+def test_what_waits_for_a_silent_pod_is_asked_again_elsewhere() -> None:
+    made, router = cluster(2, HANG, patience=Patience(2.0))
+    early, moved, other = made.run([ask(0.0), ask(6.0, key=2), ask(6.1, key=3)])
+    assert (early.endpoint, early.attempts) == ("pod-0", 1)
+    assert not any(outcome.failed for outcome in (early, moved, other))
+    assert [outcome.at for outcome in (early, moved, other)] == [0.0, 6.0, 6.1]
+    waited = [outcome for outcome in (moved, other) if outcome.attempts == 2]
+    assert [outcome.endpoint for outcome in waited] == ["pod-1"]
+    assert 2.0 < waited[0].ttft < 3.0
+    assert router.asked[-1].exclude == {"pod-0"}
+
+
+def test_the_first_to_be_asked_again_stays_booked_until_the_pod_answers() -> None:
+    made, router = cluster(1, HANG, Incident(7.0, Trouble.JOIN, "pod-1"), patience=Patience(2.0))
+    made.run([ask(6.0), ask(6.1, key=2), ask(80.0, key=3)])
+    ends = [(now, fact) for now, fact in router.facts if isinstance(fact, Failed)]
+    assert [fact.reason for _, fact in ends] == [FailureReason.TIMEOUT, FailureReason.CLIENT_GONE]
+    assert 8.0 <= ends[0][0] < 9.0  # the second has gone for good
+    assert 65.0 < ends[1][0] < 66.0  # the first is forgotten with its own first token
+
+
+def test_a_pod_that_still_writes_is_not_silent_however_long_a_prefill_takes() -> None:
+    made, router = cluster(2, patience=Patience(0.5))
+    made.run([ask(0.0, output=600), ask(0.1, key=2, output=600), ask(2.0, key=3, tokens=120_000)])
+    assert not told(router, Failed)
+
+
+def test_a_request_that_has_nowhere_else_to_go_waits() -> None:
+    made, router = cluster(2, Incident(1.0, Trouble.KILL, "pod-1"), HANG, patience=Patience(2.0))
+    (outcome,) = made.run([ask(6.0)])
+    assert (outcome.endpoint, outcome.failed) == ("pod-0", False)
+    assert not told(router, Failed)
+
+
+def test_a_request_without_another_attempt_waits() -> None:
+    router = Turns()
+    engines = [engine_of(f"pod-{n}") for n in range(2)]
+    only = Cluster(router, engines, timing=TIMING, incidents=[HANG], patience=Patience(2.0), max_attempts=1)
+    (outcome,) = only.run([ask(6.0)])
+    assert (outcome.attempts, outcome.failed) == (1, False)
+    assert outcome.first_token_at > 65.0
 
 
 def test_a_slow_pod_takes_longer_until_it_is_itself_again() -> None:

@@ -2,6 +2,7 @@
 
     floor        bound      per request: nobody else is there, and whatever anyone ever sent is cached everywhere
     pooled_fcfs  reference  one cache and one queue in front of all pods; good, not optimal: it can be beaten
+    greedy       reference  each request where it is served first, all being known: `sim.greedy_oracle`; can be beaten
     hit ratios   ceilings   of one cache of so many blocks: without limit, clairvoyant (MIN), and LRU for comparison
 
 Pure functions of arrivals. Traces that answer (`Arrival.then`) are followed in the first two; the hit ratios need a
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from picker.sim.blocks import BlockPool
 from picker.sim.cluster import BYTES_PER_TOKEN, Arrival, Cluster, Outcome, Timing
 from picker.sim.engine import Engine, StepResult
+from picker.sim.greedy_oracle import greedy_oracle
 from picker.sim.latency import Profile
 from picker.types import (
     Decision,
@@ -233,7 +235,11 @@ def _tokens(request: Request) -> int:
 Reference = Callable[[Iterable[Arrival], Sequence[Profile], Timing], list[Outcome]]
 """(arrivals, the pods' profiles at their real speeds, delays) -> what would have become of each request."""
 
-REFERENCES: Mapping[str, Reference] = {"pooled-fcfs": pooled_fcfs, "floor": floor}
+REFERENCES: Mapping[str, Reference] = {
+    "pooled-fcfs": pooled_fcfs,
+    "greedy-oracle": greedy_oracle,
+    "floor": floor,
+}
 
 
 # --- hit ratios --------------------------------------------------------------------------------------------------
