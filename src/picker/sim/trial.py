@@ -9,12 +9,13 @@ import numpy as np
 
 from picker.sim.adapters import AdapterSlots
 from picker.sim.bounds import REFERENCES
-from picker.sim.cluster import Arrival, Cluster, Outcome, Router, Timing
+from picker.sim.cluster import Arrival, Cluster, Outcome, Patience, Router, Timing
 from picker.sim.engine import Engine
 from picker.sim.policies import PoolDescription, policy
 from picker.sim.result import Figures, figures
 from picker.sim.scenario import Scenario
-from picker.sim.workload import SharedPrefix
+from picker.sim.sessions import Documents, Sessions
+from picker.sim.workload import Adapters, SharedPrefix
 
 # Streams of random numbers of one seed, so that none of them moves another.
 _ARRIVALS, _NOISE, _SCRAPES, _ROUTER = range(4)
@@ -24,7 +25,8 @@ _ARRIVALS, _NOISE, _SCRAPES, _ROUTER = range(4)
 class Trial:
     """policy: a name of `sim.policies`. load: what `rate` is of the stable rate, None where nobody knows.
 
-    limit: requests at most. scrape_interval: seconds, None: the scenario's.
+    limit: requests at most. scrape_interval: seconds, None: the scenario's. exact: peers are told by KV events what is
+    cached. patience: with endpoints that say nothing; None: endless.
     """
 
     scenario: Scenario
@@ -34,6 +36,8 @@ class Trial:
     load: float | None = None
     limit: int | None = None
     scrape_interval: float | None = None
+    exact: bool = False
+    patience: Patience | None = None
 
     def arrivals(self) -> Iterator[Arrival]:
         """What is asked: the same for every policy."""
@@ -43,7 +47,7 @@ class Trial:
 
     def router(self) -> Router:
         pods = self.scenario.pods
-        description = PoolDescription(pods.count, pods.block_tokens, pods.published)
+        description = PoolDescription(pods.count, pods.block_tokens, pods.published, exact=self.exact)
         return policy(self.policy)(description, self.seed * 4 + _ROUTER)
 
     def engine(self, name: str, started_at: float = 0.0) -> Engine:
@@ -70,6 +74,7 @@ class Trial:
             adapters=scenario.adapters,
             incidents=scenario.incidents,
             engine_of=self.engine,
+            patience=self.patience,
         )
 
     def run(self) -> list[Outcome]:
@@ -84,10 +89,18 @@ class Trial:
 
 def measured_from(trial: Trial, outcomes: list[Outcome]) -> float:
     """When measuring begins: what arrives before warms the caches."""
-    workload = trial.scenario.workload
-    if isinstance(workload, SharedPrefix):
-        return 0.0 if workload.stages or not workload.warmup else workload.warmup[1]
-    return trial.scenario.warmup * max((outcome.at for outcome in outcomes), default=0.0)
+    workload, share = trial.scenario.workload, trial.scenario.warmup
+    match workload:
+        case SharedPrefix():
+            return 0.0 if workload.stages or not workload.warmup else workload.warmup[1]
+        case Sessions() | Adapters():
+            return share * workload.seconds
+        case Documents():
+            # A closed loop takes as long as it takes: its share is one of requests, the same for every policy.
+            at = sorted(outcome.at for outcome in outcomes)
+            return at[int(share * len(at))] if at else 0.0
+        case _:
+            return share * max((outcome.at for outcome in outcomes), default=0.0)
 
 
 def row(trial: Trial, outcomes: list[Outcome]) -> dict[str, object]:
@@ -103,7 +116,9 @@ def row(trial: Trial, outcomes: list[Outcome]) -> dict[str, object]:
         "rate": round(trial.rate, 6),
         "seed": trial.seed,
     }
-    run |= figures(outcomes, pods=pods, measured_from=measured_from(trial, outcomes))
+    start = measured_from(trial, outcomes)
+    run |= figures(outcomes, pods=pods, measured_from=start)
+    run["unsavable"] = sum(outcome.unsavable for outcome in outcomes if outcome.at >= start)
     if isinstance(scenario.workload, SharedPrefix) and scenario.workload.stages:
         run["stages"] = _stages(trial, outcomes, scenario.workload, pods)
     return run
