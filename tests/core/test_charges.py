@@ -4,10 +4,13 @@ import pytest
 
 from fakes import NOW, endpoint, pool, request
 from picker.core.charges import Charge, Charges
+from picker.core.pins import NOTHING, Hold
 from picker.core.pool import Pool
 
 
-def charge(of: Pool, request_id: int = 1, *, tokens: int = 100, context: int = 300, **changes: Any) -> Charge:
+def charge(
+    of: Pool, request_id: int = 1, *, tokens: int = 100, context: int = 300, held: Hold = NOTHING, **changes: Any
+) -> Charge:
     return Charge(
         request=request(request_id, **changes),
         row=0,
@@ -17,6 +20,7 @@ def charge(of: Pool, request_id: int = 1, *, tokens: int = 100, context: int = 3
         predicted=0,
         work=1000 * tokens,
         booked_at=NOW,
+        held=held,
     )
 
 
@@ -121,22 +125,38 @@ def test_the_time_of_a_first_attempt_does_not_end_the_prefill_of_the_second() ->
     assert booked(made) == (1, 0, 0, 300)
 
 
-def test_work_distinct_and_decoding_are_released_as_exactly_as_they_are_booked() -> None:
+def test_work_pins_and_decoding_are_released_as_exactly_as_they_are_booked() -> None:
     made = pool(a=0)
     charges = Charges(made)
 
     def columns() -> list[int]:
-        return [int(column[0]) for column in (made.work, made.distinct, made.decoding)]
+        return [int(column[0]) for column in (made.work, made.pinned, made.decoding)]
 
-    charges.book(charge(made, 1), expected_s=1.0)
-    charges.book(charge(made, 2, tokens=7, context=9), expected_s=1.0)
-    assert columns() == [107_000, 107, 0]
+    charges.book(charge(made, 1, held=Hold((11, 12), (200, 50), 50)), expected_s=1.0)
+    charges.book(charge(made, 2, tokens=7, context=209, held=Hold((11,), (200,), 9)), expected_s=1.0)
+    assert columns() == [107_000, 309, 0]
     charges.first_token(1, NOW)
-    assert columns() == [7_000, 107, 300]
-    charges.close(2, NOW)
-    assert columns() == [0, 100, 300]
+    assert columns() == [7_000, 309, 300]
     charges.close(1, NOW)
+    assert columns() == [7_000, 209, 0]
+    charges.close(2, NOW)
     assert columns() == [0, 0, 0]
+    assert len(charges.pins) == 0
+
+
+def test_what_an_endpoint_that_left_held_is_not_given_back_to_who_has_its_row() -> None:
+    made = pool(a=0)
+    charges = Charges(made)
+    both = Hold((11, 12), (200, 50), 50)
+    charges.book(charge(made, 1, held=both), expected_s=1.0)
+    made.remove(0)
+    charges.pins.clear(0)
+    made.add(endpoint("b"), NOW)
+    charges.book(charge(made, 2, held=both), expected_s=1.0)
+    charges.close(1, NOW)
+    assert (made.pinned[0], len(charges.pins)) == (300, 2)
+    charges.close(2, NOW)
+    assert (made.pinned[0], len(charges.pins)) == (0, 0)
 
 
 def test_a_charge_keeps_when_its_first_token_came_and_the_integrals_of_its_row_then() -> None:

@@ -33,10 +33,10 @@ def booked(count: int, tokens: int, *, since: float = 0.0) -> dict[str, float]:
     return {"prefilling": count, "inflight": count, "backlog": backlog, "work": work} | since_then
 
 
-def busy(taught: Learned, *, arrivals: float, load: float) -> Learned:
+def busy(taught: Learned, *, arrivals: float, load: float, tied: bool = False) -> Learned:
     """So many requests and so many seconds of prefill each second, for all endpoints together, up to `NOW`."""
-    for number in range(600):
-        taught.booked(load / arrivals, NOW - (599 - number) / arrivals)
+    for number in range(2000):
+        taught.booked(load / arrivals, tied=tied, now=NOW - (1999 - number) / arrivals)
     return taught
 
 
@@ -133,35 +133,127 @@ def test_an_answer_takes_longer_where_steps_do() -> None:
     assert terms(pool(slow=0, fast=0), learned=taught)["decoding"] == pytest.approx([1.4, 0.35], rel=0.01)
 
 
-def test_memory_costs_the_share_it_takes_for_as_long_as_it_takes_it() -> None:
-    """500 tokens and 100 of an answer, in a thousand, for 0.5 s of prefill and 101 steps of 0.02 s."""
+# --- memory ---
+
+
+def memory(of: Pool, **known: Any) -> list[float]:
+    """Where steps take 0.02 s, answers 100 tokens, and one request a second comes."""
     taught = busy(learned(step=0.02, output_tokens=100.0), arrivals=1.0, load=0.1)
-    made = pool(a={"kv_capacity": 1000})
-    held = 0.6 * (0.5 + 0.02 + 2.0)
-    arrivals, _ = taught.rates(1, NOW)
-    assert terms(made, learned=taught)["memory"] == pytest.approx([held * held * arrivals])
+    return terms(of, learned=taught, **known)["memory"]
 
 
-def test_memory_is_dearer_the_fuller_it_is_and_has_a_price_when_it_is_over_full() -> None:
-    taught = busy(learned(), arrivals=1.0, load=0.1)
-    levels = (0, 500, 900, 950, 5000)
-    made = pool(**{f"a{n}": {"kv_capacity": 1000, "distinct": n} for n in levels})
-    cost = np.array(terms(made, learned=taught)["memory"])
-    assert cost / cost[0] == pytest.approx([1.0, 2.0, 10.0, 20.0, 20.0])
+def cache(*, filled: float, requests: int, capacity: int = 100_000) -> dict[str, float]:
+    """An endpoint whose KV cache is so full, half answers included, of the prompts of so many that decode."""
+    return {"kv_capacity": capacity, "inflight": requests, "pinned": filled * capacity - requests * 50}
 
 
-def test_a_prompt_that_is_cached_takes_no_memory_of_its_own() -> None:
-    taught = busy(learned(), arrivals=1.0, load=0.1)
-    made = pool(a={"kv_capacity": 1000}, b={"kv_capacity": 1000})
-    cost = terms(made, learned=taught, uncached=np.array([500.0, 0.0]))["memory"]
-    assert cost[0] > cost[1] == 0.0
+def test_a_cache_that_is_just_full_costs_half_the_share_taken_for_as_long_as_it_is_and_as_long_a_wait() -> None:
+    """500 tokens and 100 of an answer, of six hundred, for 0.5 s of prefill and 101 steps of 0.02 s."""
+    assert memory(pool(a={"kv_capacity": 600})) == pytest.approx([0.5 * 1.0 * 2.52**2], rel=0.02)
+
+
+def test_memory_costs_next_to_nothing_until_the_cache_is_nearly_full() -> None:
+    levels = (0.0, 0.5, 0.8, 0.95, 1.0, 2.0)
+    made = pool(**{f"a{number}": cache(filled=level, requests=100) for number, level in enumerate(levels)})
+    costs = np.array(memory(made, prompt_tokens=500.0)) / (600 / 100_000)
+    empty, half, most, nearly, full, over = costs.tolist()
+    assert max(empty, half) < 1e-6
+    assert most < 0.05 * full
+    assert half < most < nearly < full < over
+    holding = 0.5 + 0.02 * 1.5 + 100 * 0.02
+    assert over == pytest.approx(holding * holding / len(levels), rel=0.02)
+
+
+def test_a_few_large_requests_fill_a_cache_by_chance_sooner_than_many_small_ones() -> None:
+    """The same filling with as long a prefill and as many tokens of this request; only those there differ."""
+    few, some, many = memory(
+        pool(
+            few=cache(filled=0.8, requests=4), some=cache(filled=0.8, requests=20), many=cache(filled=0.8, requests=200)
+        )
+    )
+    assert few > 2 * some > 4 * many > 0.0
+
+
+def test_a_prompt_takes_no_memory_where_others_hold_it_and_all_of_its_own_where_it_is_only_cached() -> None:
+    made = pool(together=cache(filled=0.98, requests=20), apart=cache(filled=0.98, requests=20))
+    cached = np.array([500.0, 500.0])
+    together, apart = memory(made, prompt_tokens=5000.0, uncached=cached, shared=np.array([4500.0, 0.0]))
+    assert 0.0 < together < 0.2 * apart
+    same, again = memory(made, prompt_tokens=5000.0, uncached=cached)
+    assert same == again == apart
+
+
+def test_where_the_cache_is_full_the_queue_is_also_until_enough_of_it_is_given_back() -> None:
+    """In the time of an answer, 100 steps of 0.02 s, all that is held is given back once."""
+    taught = learned(step=0.02, output_tokens=100.0)
+    levels = (0.5, 0.9, 1.0, 1.1, 1.2)
+    made = pool(**{f"a{number}": cache(filled=level, requests=100) for number, level in enumerate(levels)})
+    missing = np.array([max(0.0, level + 0.05 - 1.0) / level for level in levels])
+    queue = terms(made, learned=taught, prompt_tokens=5000.0)["queue"]
+    assert queue == pytest.approx(missing * 100 * 0.02)
+    assert queue[:2] == [0.0, 0.0]
+    assert 0.0 < queue[2] < queue[3] < queue[4]
+
+
+def test_who_comes_to_a_full_cache_waits_for_what_he_does_not_share() -> None:
+    made = pool(together=cache(filled=1.0, requests=10), apart=cache(filled=1.0, requests=10))
+    taught = learned(step=0.02, output_tokens=100.0)
+    shared = np.array([5000.0, 1000.0])
+    together, apart = terms(made, learned=taught, prompt_tokens=5000.0, shared=shared)["queue"]
+    assert [together, apart] == pytest.approx([0.0, 0.04 * 100 * 0.02])
+
+
+def test_an_empty_cache_that_is_smaller_than_the_prompt_has_a_price_that_is_finite() -> None:
+    made = pool(small={"kv_capacity": 10}, large={"kv_capacity": 100_000})
+    small, large = memory(made, prompt_tokens=5000.0)
+    assert np.isfinite(small)
+    assert small > large
 
 
 def test_a_capacity_nobody_knows_has_no_price_and_one_unknown_is_like_the_others() -> None:
-    taught = busy(learned(), arrivals=1.0, load=0.1)
-    assert terms(pool(a={"distinct": 99_999}), learned=taught)["memory"] == [0.0]
-    known, unknown = terms(pool(known={"kv_capacity": 1000}, unknown={}), learned=taught)["memory"]
+    assert memory(pool(a={"pinned": 99_999}, b={"pinned": 1, "inflight": 9})) == [0.0, 0.0]
+    assert terms(pool(a={"pinned": 99_999}))["queue"] == [0.0]
+    known, unknown = memory(pool(known={"kv_capacity": 1000}, unknown={}))
     assert known == unknown > 0
+
+
+# --- followers are drawn ---
+
+
+def followers(*, tied: bool, **recent: float) -> list[float]:
+    """Of equally busy endpoints that so many requests went to lately."""
+    taught = busy(learned(), arrivals=4.0, load=1.0, tied=tied)
+    made = pool(**{name: {"recent": count, "recent_at": NOW} | booked(1, 1000) for name, count in recent.items()})
+    return terms(made, learned=taught)["followers"]
+
+
+def test_who_comes_next_goes_to_where_others_went_as_far_as_requests_are_tied() -> None:
+    popular, deserted = followers(tied=True, popular=10.0, deserted=0.0)
+    assert popular > 100 * deserted
+    popular, deserted = followers(tied=False, popular=10.0, deserted=0.0)
+    assert popular == deserted > 0.0
+
+
+def test_followers_are_as_many_in_all_however_they_are_drawn() -> None:
+    drawn, alike = followers(tied=True, a=9.0, b=3.0, c=0.0), followers(tied=False, a=9.0, b=3.0, c=0.0)
+    assert sum(drawn) == pytest.approx(sum(alike))
+    assert drawn[0] == pytest.approx(3 * drawn[1], rel=0.01)
+
+
+def test_where_nobody_went_lately_followers_are_drawn_to_nowhere() -> None:
+    assert followers(tied=True, a=0.0, b=0.0) == pytest.approx(followers(tied=False, a=1.0, b=1.0))
+
+
+@pytest.mark.parametrize("hours", [1.0, 5.93, 5.96, 6.0, 6.2, 6.3, 50.0])
+def test_hours_in_which_nobody_came_leave_a_cost_that_is_a_number(hours: float) -> None:
+    """After six hours without a request what is recent is smaller than the smallest number with a reciprocal."""
+    taught = busy(learned(), arrivals=4.0, load=1.0, tied=True)
+    made = pool(last={"recent": 3.0, "recent_at": NOW}, never={})
+    last, never = terms(made, learned=taught, now=NOW + 3600 * hours)["followers"]
+    assert 0.0 <= never <= last < 1e-6
+
+
+# --- silence ---
 
 
 def test_silence_beyond_the_expected_makes_an_endpoint_dearer_by_the_second() -> None:
@@ -188,7 +280,7 @@ def test_more_work_never_makes_an_endpoint_cheaper(count: int, tokens: int, more
     made = pool(a={"kv_capacity": 50_000})
 
     def book(tokens: int, at: float) -> None:
-        made.book(0, tokens=tokens, context=tokens, work=tokens * NS_PER_TOKEN, now=at)
+        made.book(0, tokens=tokens, context=tokens, pinned=tokens, work=tokens * NS_PER_TOKEN, now=at)
 
     for _ in range(count):
         book(tokens, NOW)
@@ -226,16 +318,19 @@ columns = st.fixed_dictionaries(
         "backlog": st.integers(0, 10**7),
         "work": st.integers(0, 10**13),
         "awaited": st.integers(0, 10**13),
-        "distinct": st.integers(0, 10**8),
+        "pinned": st.integers(0, 10**8),
+        "recent": st.just(0.0) | st.floats(0, 1e5),
+        "recently": st.floats(0, 1e7),
         "decoding": st.integers(0, 10**8),
         "silent": st.floats(0, 1e7),
         "waiting": st.none() | st.floats(0, 1e6),
         "kv_capacity": st.none() | st.floats(1, 1e8),
         "cached": st.floats(0, 1),
+        "shared": st.floats(0, 1),
         "speed": st.floats(1e-3, 1e3),
     }
 )
-BOOKED = ("prefilling", "backlog", "work", "awaited", "distinct", "decoding", "waiting", "kv_capacity")
+BOOKED = ("prefilling", "backlog", "work", "awaited", "pinned", "decoding", "recent", "waiting", "kv_capacity")
 
 
 def pool_of(states: list[dict[str, Any]]) -> Pool:
@@ -247,6 +342,7 @@ def pool_of(states: list[dict[str, Any]]) -> Pool:
                 getattr(made, column)[row] = state[column]
         made.inflight[row] = state["prefilling"] + state["decodes"]
         made.busy_since[row] = NOW - state["silent"]
+        made.recent_at[row] = NOW - state["recently"]
     return made
 
 
@@ -256,14 +352,14 @@ def pool_of(states: list[dict[str, Any]]) -> Pool:
     prompt=st.just(0.0) | st.floats(0, 1e6),
     coefficients=st.lists(st.just(0.0) | st.floats(0, 1.0), min_size=5, max_size=5),
     output_tokens=st.floats(0, 1e5),
-    bookings=st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 100)), max_size=5),
+    bookings=st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 100), st.booleans()), max_size=5),
 )
 def test_every_term_is_a_finite_number_of_seconds_and_none_is_negative(
     states: list[dict[str, Any]],
     prompt: float,
     coefficients: list[float],
     output_tokens: float,
-    bookings: list[tuple[float, float]],
+    bookings: list[tuple[float, float, bool]],
 ) -> None:
     token, attention, step, sequence, context = coefficients
     made = pool_of(states)
@@ -279,10 +375,11 @@ def test_every_term_is_a_finite_number_of_seconds_and_none_is_negative(
     for row, state in enumerate(states):
         taught.prefill_speed.add(row, expected=1.0, took=state["speed"])
         taught.decode_speed.add(row, expected=state["speed"], took=1.0)
-    for seconds, before in sorted(bookings, key=lambda each: -each[1]):
-        taught.booked(seconds, NOW - before)
-    uncached = prompt * np.array([state["cached"] for state in states], dtype=np.float64)
-    seen = PoolView(made, np.arange(len(states)), NOW, prompt_tokens=prompt, uncached=uncached, learned=taught)
+    for seconds, before, tied in sorted(bookings, key=lambda each: -each[1]):
+        taught.booked(seconds, tied=tied, now=NOW - before)
+    uncached, shared = (prompt * np.array([state[of] for state in states], dtype=float) for of in ("cached", "shared"))
+    known: dict[str, Any] = {"prompt_tokens": prompt, "uncached": uncached, "shared": shared, "learned": taught}
+    seen = PoolView(made, np.arange(len(states)), NOW, **known)
     for name, term in CostModel().terms(seen, request()).items():
         assert term.shape == (len(states),), name
         assert np.isfinite(term).all(), name

@@ -267,7 +267,7 @@ def test_factors_are_finite_and_positive_whatever_is_seen(samples: list[tuple[in
 def arriving(rate: float, seconds: float, *, work: float = 0.1, since: float = NOW) -> Learned:
     learned = Learned(1)
     for number in range(int(rate * seconds) + 1):
-        learned.booked(work, since + number / rate)
+        learned.booked(work, tied=False, now=since + number / rate)
     return learned
 
 
@@ -285,7 +285,7 @@ def test_rates_are_those_of_the_mean_endpoint() -> None:
 def test_a_change_of_the_rate_is_followed_within_minutes() -> None:
     learned = arriving(8.0, 600)
     for number in range(600):
-        learned.booked(0.1, NOW + 600 + number / 2.0)
+        learned.booked(0.1, tied=False, now=NOW + 600 + number / 2.0)
     assert learned.rates(1, NOW + 900)[0] == pytest.approx(2.0, rel=0.1)
 
 
@@ -300,7 +300,7 @@ def test_rates_fade_in_silence() -> None:
 def test_before_anything_came_and_in_the_first_second_no_rate_is_known() -> None:
     learned = Learned(1)
     assert learned.rates(1, NOW) == (0.0, 0.0)
-    learned.booked(1.0, NOW)
+    learned.booked(1.0, tied=False, now=NOW)
     assert learned.rates(1, NOW + 1.0) == (0.0, 0.0)
     assert learned.rates(1, NOW + 10.0)[0] > 0.0
 
@@ -316,6 +316,27 @@ def test_a_pool_without_endpoints_has_rates_all_the_same() -> None:
 def test_a_clock_that_starts_anywhere_tells_the_same() -> None:
     for since in (0.0, -50.0, 1e9):
         assert arriving(8.0, 60, since=since).rates(1, since + 60)[0] == pytest.approx(8.0, rel=0.05)
+
+
+def test_nobody_is_tied_before_anything_came() -> None:
+    assert Learned(1).tied == 0.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_the_tied_is_found_and_a_change_of_it_followed(share: float) -> None:
+    learned = Learned(1)
+    for number in range(2000):
+        learned.booked(0.1, tied=number % 100 < 100 * share, now=NOW + number)
+    assert learned.tied == pytest.approx(share, abs=0.06)
+    for number in range(2000):
+        learned.booked(0.1, tied=number % 2 == 0, now=NOW + 2000 + number)
+    assert learned.tied == pytest.approx(0.5, abs=0.01)
+
+
+def test_one_request_that_is_tied_does_not_make_all_of_them_so() -> None:
+    learned = Learned(1)
+    learned.booked(0.1, tied=True, now=NOW)
+    assert 0.0 < learned.tied < 0.1
 
 
 # --- together, in the scheduler ---

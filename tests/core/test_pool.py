@@ -1,10 +1,11 @@
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fakes import NOW, endpoint, pool
-from picker.core.pool import COLUMNS, Pool
+from picker.core.pool import COLUMNS, RECENT_S, Pool
 from picker.types import Role
 
 
@@ -23,7 +24,7 @@ def test_an_unknown_number_is_nan_and_a_count_is_zero() -> None:
     row = made.row("a")
     for column in ("waiting", "running", "kv_usage", "kv_capacity", "observed_at", "started_at", "block_size"):
         assert np.isnan(getattr(made, column)[row]), column
-    for column in ("inflight", "prefilling", "backlog", "work", "context", "distinct", "decoding", "last_pick"):
+    for column in ("inflight", "prefilling", "backlog", "work", "context", "pinned", "decoding", "recent", "last_pick"):
         assert getattr(made, column)[row] == 0, column
 
 
@@ -74,11 +75,12 @@ def test_growing_keeps_everything_in_its_row() -> None:
         row = made.add(endpoint(name, models=[f"model-{name}"], role=Role.DECODE), NOW)
         made.set_adapters(row, frozenset({f"lora-{name}"}))
         made.waiting[row] = row
-        made.book(row, tokens=10 * row, context=20 * row, work=30 * row, now=NOW)
+        made.book(row, tokens=10 * row, context=20 * row, pinned=15 * row, work=30 * row, now=NOW)
     assert (made.rows, len(made)) == (8, 5)
     for row, each in made:
         assert made.waiting[row] == row
         assert (made.backlog[row], made.context[row], made.work[row]) == (10 * row, 20 * row, 30 * row)
+        assert (made.pinned[row], made.recent[row]) == (15 * row, 1.0)
         assert list(np.flatnonzero(made.serving(f"model-{each.name}"))) == [row]
         active = made.active_adapter(f"lora-{each.name}")
         assert active is not None
@@ -129,8 +131,8 @@ def test_the_last_endpoint_at_an_address_is_the_one_found_there() -> None:
 
 
 def book(of: Pool, tokens: int, now: float = NOW) -> None:
-    """A prompt of twice so many tokens, half of it cached, at a microsecond a token."""
-    of.book(0, tokens=tokens, context=2 * tokens, work=1000 * tokens, now=now)
+    """A prompt of twice so many tokens, half of it cached and held there already, at a microsecond a token."""
+    of.book(0, tokens=tokens, context=2 * tokens, pinned=tokens, work=1000 * tokens, now=now)
 
 
 def prefilled(of: Pool, tokens: int, now: float = NOW) -> None:
@@ -139,7 +141,7 @@ def prefilled(of: Pool, tokens: int, now: float = NOW) -> None:
 
 def test_a_request_is_in_every_column_until_it_leaves_it() -> None:
     made = pool(a=0)
-    columns = ("inflight", "prefilling", "backlog", "work", "context", "distinct", "decoding")
+    columns = ("inflight", "prefilling", "backlog", "work", "context", "pinned", "decoding")
 
     def booked() -> tuple[int, ...]:
         return tuple(int(getattr(made, column)[0]) for column in columns)
@@ -148,7 +150,7 @@ def test_a_request_is_in_every_column_until_it_leaves_it() -> None:
     assert booked() == (1, 1, 5, 5000, 10, 5, 0)
     prefilled(made, 5)
     assert booked() == (1, 0, 0, 0, 10, 5, 10)
-    made.release(0, tokens=5, context=10, decoding=True, now=NOW)
+    made.release(0, context=10, pinned=5, decoding=True, now=NOW)
     assert booked() == (0, 0, 0, 0, 0, 0, 0)
 
 
@@ -180,11 +182,21 @@ def test_integrals_count_who_decodes_for_as_long_as_it_does() -> None:
     prefilled(made, 50, NOW + 5)
     book(made, 100, NOW + 6)
     prefilled(made, 100, NOW + 8)
-    made.release(0, tokens=50, context=100, decoding=True, now=NOW + 9)
+    made.release(0, context=100, pinned=50, decoding=True, now=NOW + 9)
     made.integrate(0, NOW + 12)
     assert made.decodes_area[0] == pytest.approx(3 + 2 * 1 + 3)
     assert made.context_area[0] == pytest.approx(3 * 100 + 1 * 300 + 3 * 200)
     assert made.prefill_area[0] == pytest.approx(150e-6)
+
+
+def test_a_booking_counts_as_recent_and_fades_whether_or_not_it_has_ended() -> None:
+    made = pool(a=0)
+    book(made, 5)
+    assert (made.recent[0], made.recent_at[0]) == (1.0, NOW)
+    made.abandoned(0, tokens=5, work=5000)
+    made.release(0, context=10, pinned=5, decoding=False, now=NOW + 1)
+    book(made, 5, NOW + RECENT_S)
+    assert (made.recent[0], made.recent_at[0]) == (pytest.approx(1.0 + math.exp(-1.0)), NOW + RECENT_S)
 
 
 def test_releasing_what_was_not_booked_raises() -> None:
@@ -192,7 +204,7 @@ def test_releasing_what_was_not_booked_raises() -> None:
     with pytest.raises(AssertionError, match="a prefill was released twice"):
         prefilled(made, 0)
     with pytest.raises(AssertionError, match="a charge was released twice"):
-        made.release(0, tokens=0, context=0, decoding=False, now=NOW)
+        made.release(0, context=0, pinned=0, decoding=False, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -200,18 +212,18 @@ def test_releasing_what_was_not_booked_raises() -> None:
 )
 def test_a_prefill_that_is_larger_than_booked_raises(more: dict[str, int], message: str) -> None:
     made = pool(a=0)
-    made.book(0, tokens=5, context=6, work=7, now=NOW)
+    made.book(0, tokens=5, context=6, pinned=6, work=7, now=NOW)
     with pytest.raises(AssertionError, match=message):
         made.prefilled(0, **({"tokens": 5, "context": 6, "work": 7} | more), now=NOW)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"context": 8}, "more context"), ({"tokens": 6}, "more distinct"), ({"decoding": True}, "more decoding")],
-    ids=["context", "tokens", "decoding"],
+    [({"context": 8}, "more context"), ({"pinned": 6}, "more pinned"), ({"decoding": True}, "more decoding")],
+    ids=["context", "pinned", "decoding"],
 )
 def test_a_request_that_is_larger_than_booked_raises(more: dict[str, Any], message: str) -> None:
     made = pool(a=0)
-    made.book(0, tokens=5, context=7, work=0, now=NOW)
+    made.book(0, tokens=5, context=7, pinned=5, work=0, now=NOW)
     with pytest.raises(AssertionError, match=message):
-        made.release(0, **({"tokens": 5, "context": 7, "decoding": False} | more), now=NOW)
+        made.release(0, **({"context": 7, "pinned": 5, "decoding": False} | more), now=NOW)

@@ -68,10 +68,30 @@ def test_a_few_samples_tell_most_of_it(prior_is: float) -> None:
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
+    """Size by size, and each by as many samples of its own: one in ten is of the size that is predicted worst here."""
     subject = regression(1.0)
     teach(subject, 600)
-    teach(subject, 600, truth=3.0 * TRUTH)
+    teach(subject, 600, truth=3.0 * TRUTH, seed=1)
+    assert 1.4 < off(subject, 3.0 * TRUTH) < 1.8
+    teach(subject, 2400, truth=3.0 * TRUTH, seed=2)
     assert off(subject, 3.0 * TRUTH) < 1.15
+
+
+@pytest.mark.parametrize(("prior_is", "within"), [(0.25, 0.1), (1.0, 0.1), (4.0, 0.2)])
+def test_many_short_samples_leave_the_slope_that_the_long_ones_have_shown(prior_is: float, within: float) -> None:
+    """Here short ones all take the same, as in an engine that waits for its weights: alone, they would say no slope.
+
+    They do make the prior weigh more, for the mean weight of a sample is theirs.
+    """
+    subject = Regression(prior_is * TRUTH[:2], SCALES[:2])
+    rng = np.random.default_rng(1)
+    for tokens in rng.uniform(5000, 20_000, 200):
+        subject.add((1.0, tokens), seconds((1.0, tokens), TRUTH[:2]) * rng.lognormal(0.0, 0.1))
+    slope = subject.coefficients[1]
+    assert slope == pytest.approx(TRUTH[1], rel=0.1)
+    for tokens in rng.uniform(50, 600, 5000):
+        subject.add((1.0, tokens), 0.06 * rng.lognormal(0.0, 0.1))
+    assert subject.coefficients[1] == pytest.approx(slope, rel=within)
 
 
 @settings(max_examples=60, deadline=None)

@@ -247,6 +247,64 @@ def test_how_a_request_ends_is_not_put_down_to_who_has_the_row_since() -> None:
     assert column(subject, "c", "failures") == 1
 
 
+def test_what_requests_in_flight_share_is_held_once() -> None:
+    subject = scheduler("a", "b")
+    for number, mine in enumerate("xy"):
+        picked(subject, request(number, blocks(**{"system": 8, mine: 2}), subset=pinned("a")))
+    tokens = BLOCK_BYTES / 4
+    assert (column(subject, "a", "context"), column(subject, "a", "pinned")) == (20 * tokens, 12 * tokens)
+    subject.apply(Finished(0, 200), NOW)
+    assert column(subject, "a", "pinned") == 10 * tokens
+    subject.apply(Failed(1, FailureReason.CLIENT_GONE), NOW)
+    assert (column(subject, "a", "pinned"), len(subject.charges.pins)) == (0, 0)
+
+
+def test_what_an_endpoint_that_left_held_is_not_given_back_to_who_has_its_row_since() -> None:
+    subject = scheduler("a")
+    document = blocks(document=40)
+    for number in (1, 2):
+        picked(subject, request(number, document))
+    subject.apply(EndpointRemoved("a"), NOW)
+    assert len(subject.charges.pins) == 0
+    subject.apply(EndpointAdded(endpoint("c")), NOW)
+    picked(subject, request(3, document))
+    subject.apply(Finished(1, 200), NOW)
+    subject.apply(Failed(2, FailureReason.RESET), NOW)
+    assert column(subject, "c", "pinned") == 40 * BLOCK_BYTES / 4
+    subject.apply(Finished(3, 200), NOW)
+    assert (column(subject, "c", "pinned"), len(subject.charges.pins)) == (0, 0)
+
+
+def test_requests_are_tied_whose_prompts_are_mostly_cached_where_they_go() -> None:
+    fresh, again, hardly = (scheduler("a") for _ in range(3))
+    for subject, system, mine in ((fresh, 0, 20), (again, 19, 1), (hardly, 5, 15)):
+        for number in range(100):
+            serve(subject, request(number, blocks(**{"system": system, f"{number}": mine})), "a")
+    assert fresh.learned.tied == hardly.learned.tied == 0.0
+    assert again.learned.tied > 0.8
+
+
+def test_with_full_caches_a_request_joins_those_that_hold_its_prefix() -> None:
+    """Both endpoints have computed all of it once; only one of them holds it for a request in flight."""
+    subject = scheduler("a", "b")
+    document, other = blocks(document=100), blocks(other=86)
+    for number, name in enumerate("ab"):
+        serve(subject, request(number, document, subset=pinned(name)), name)
+        subject.apply(load(name, kv_capacity_tokens=12_000), NOW)
+    for number in range(6):
+        for name, shared in (("a", document), ("b", other)):
+            asked = request(100 + 10 * number + (name == "b"), shared, subset=pinned(name))
+            picked(subject, asked)
+            subject.apply(FirstToken(asked.id), NOW)
+    ranking = decide(subject, request(999, document), NOW + 2).ranking
+    assert ranking is not None
+    joined, apart = ranking.candidates()
+    assert joined.endpoint == "a"
+    assert joined.parts["prefill"] == pytest.approx(apart.parts["prefill"], rel=0.1)
+    assert joined.parts["queue"] == 0.0 < apart.parts["queue"]
+    assert joined.parts["memory"] < apart.parts["memory"]
+
+
 def test_growing_beyond_the_first_rows_keeps_index_and_speeds_in_step() -> None:
     subject = scheduler(*(f"e{n}" for n in range(70)))
     cached(subject, blocks(document=100), "e69")
@@ -631,6 +689,7 @@ def test_a_charge_follows_its_request_to_the_endpoint_that_answered() -> None:
     subject.apply(ResponseStarted(1, 200, served_by="b:8000"), NOW)
     assert [column(subject, name, "inflight") for name in "ab"] == [0, 1]
     assert [column(subject, name, "failures") for name in "ab"] == [1, 0]
+    assert [column(subject, name, "pinned") for name in "ab"] == [0, 100 * BLOCK_BYTES / 4]
     assert decide(subject, request(2, blocks(document=100), subset=pinned("b"))).matched_blocks == 100
     subject.apply(Finished(1, 200), NOW)
     assert column(subject, "b", "failures") == 0

@@ -37,7 +37,7 @@ names = st.sampled_from(NAMES)
 which = st.integers(0, 30)
 maybe = st.booleans()
 # Booked and released to the last token: what is booked is always the sum over the open charges.
-EXACT = ("inflight", "context", "distinct", "prefilling", "backlog", "work", "decoding")
+EXACT = ("inflight", "context", "prefilling", "backlog", "work", "decoding")
 PROMPTS = (blocks(), blocks(shared=6, x=3), blocks(shared=6, y=3), blocks(shared=1), blocks(z=200))
 
 
@@ -220,9 +220,23 @@ class Interleavings(RuleBasedStateMachine):
             if charges.stands(charge):
                 ahead = (1, charge.tokens, charge.work, 0)
                 past = (0, 0, 0, charge.context)
-                expected[charge.row] += (1, charge.context, charge.tokens, *(ahead if charge.prefilling else past))
+                expected[charge.row] += (1, charge.context, *(ahead if charge.prefilling else past))
         booked = np.stack([getattr(pool, column) for column in EXACT], axis=1)
         np.testing.assert_array_equal(booked[pool.present], expected[pool.present])
+
+    @invariant()
+    def what_requests_in_flight_hold_is_counted_once(self) -> None:
+        if not hasattr(self, "subject"):
+            return
+        pool, charges = self.subject.pool, self.subject.charges
+        standing = [charge for charge in map(charges.get, self.open) if charge is not None and charges.stands(charge)]
+        assert len(charges.pins) == len({(charge.row, key) for charge in standing for key in charge.held.keys})
+        # How many tokens a piece counts is what its first holder took it for, who may have ended.
+        alone = np.zeros(pool.rows, dtype=np.int64)
+        for charge in standing:
+            alone[charge.row] += charge.held.rest
+        assert (pool.pinned >= alone)[pool.present].all()
+        assert not pool.pinned[pool.present & (pool.inflight == 0)].any()
 
     @invariant()
     def what_was_learned_makes_sense(self) -> None:
@@ -250,8 +264,9 @@ class Interleavings(RuleBasedStateMachine):
         for request_id in [*self.open, *self.queued]:
             self.tell(Failed(request_id, FailureReason.SHUTDOWN))
         pool = self.subject.pool
-        assert (len(self.subject.charges), len(self.subject.queue)) == (0, 0)
-        for column in EXACT:
+        charges = self.subject.charges
+        assert (len(charges), len(charges.pins), len(self.subject.queue)) == (0, 0, 0)
+        for column in (*EXACT, "pinned"):
             assert not getattr(pool, column)[pool.present].any(), column
 
 

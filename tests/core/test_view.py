@@ -1,3 +1,4 @@
+import math
 from contextlib import suppress
 
 import numpy as np
@@ -21,7 +22,7 @@ def test_a_view_shows_each_row_its_own_whatever_the_order(rows: list[int]) -> No
 
 
 SCRAPED = ("waiting", "running", "kv_usage", "kv_capacity", "age", "adapter_active", "adapter_room")
-BOOKED = ("inflight", "prefilling", "backlog", "work", "awaited", "context", "distinct", "decoding", "last_pick")
+BOOKED = ("inflight", "prefilling", "backlog", "work", "awaited", "context", "pinned", "decoding", "last_pick")
 LEARNED = ("prefill_speed", "decode_speed")
 
 
@@ -30,11 +31,16 @@ def test_writing_to_a_column_of_a_view_leaves_the_pool_alone(rows: list[int]) ->
     made = pool(a={"waiting": 1, "inflight": 1}, b={"waiting": 2})
     made.set_adapters(0, frozenset({"lora"}))
     seen = PoolView(made, np.array(rows), NOW, model="lora")
-    for name in (*SCRAPED, *BOOKED, *LEARNED):
+    for name in (*SCRAPED, *BOOKED, "recent", *LEARNED):
         before = getattr(seen, name).copy()
         with suppress(ValueError):  # read-only, where it is the pool's own
             getattr(seen, name)[:] = 99
         np.testing.assert_array_equal(getattr(seen, name), before, err_msg=name)
+
+
+def test_recent_requests_fade_until_they_are_looked_at() -> None:
+    made = pool(a={"recent": 4.0, "recent_at": NOW - 30}, b={"recent": 4.0, "recent_at": NOW}, c={})
+    assert view(made).recent.tolist() == pytest.approx([4.0 * math.exp(-1.0), 4.0, 0.0])
 
 
 def test_age_is_unknown_before_the_first_scrape() -> None:
@@ -83,3 +89,4 @@ def test_without_knowledge_of_prefixes_everything_is_uncached() -> None:
     seen = view(pool(a=0, b=0), prompt_tokens=12.0)
     assert list(seen.uncached) == [12, 12]
     assert list(seen.matched_blocks) == [0, 0]
+    assert list(seen.shared) == [0, 0]

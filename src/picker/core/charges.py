@@ -6,6 +6,7 @@ import heapq
 import math
 from dataclasses import dataclass
 
+from picker.core.pins import NOTHING, Hold, Pins
 from picker.core.pool import Pool
 from picker.types import Request
 
@@ -17,6 +18,7 @@ class Charge:
     tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.
     work: nanoseconds of prefill expected at the pool's mean speed. was_idle: nothing was in flight there. first_at,
     areas: when the first token came, and the row's integrals then.
+    held: what of the KV cache the prompt takes.
     expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
     """
 
@@ -33,6 +35,7 @@ class Charge:
     expected_at: float = math.inf
     first_at: float = math.inf
     areas: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    held: Hold = NOTHING
 
 
 class Charges:
@@ -40,6 +43,7 @@ class Charges:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self.pins = Pins()
         self._open: dict[int, Charge] = {}
         self._expected: list[tuple[float, int]] = []  # (when a silent prefill should be over, request id)
 
@@ -56,8 +60,9 @@ class Charges:
         """Open a charge. expected_s: after so long the prefill of a request that does not stream is taken as done."""
         assert charge.request.id not in self._open, "a request was booked twice"
         self._open[charge.request.id] = charge
+        row, pinned = charge.row, self.pins.take(charge.row, charge.held)
         self._pool.book(
-            charge.row, tokens=charge.tokens, context=charge.context, work=charge.work, now=charge.booked_at
+            row, tokens=charge.tokens, context=charge.context, pinned=pinned, work=charge.work, now=charge.booked_at
         )
         if not charge.request.streaming:
             charge.expected_at = charge.booked_at + expected_s
@@ -81,10 +86,11 @@ class Charges:
         """Release all that is left; None when the request has no open charge."""
         charge = self._open.pop(request_id, None)
         if charge is not None and self.stands(charge):
+            row, decoding = charge.row, not charge.prefilling
             if charge.prefilling:
-                self._pool.abandoned(charge.row, tokens=charge.tokens, work=charge.work)
-            decoding = not charge.prefilling
-            self._pool.release(charge.row, tokens=charge.tokens, context=charge.context, decoding=decoding, now=now)
+                self._pool.abandoned(row, tokens=charge.tokens, work=charge.work)
+            pinned = self.pins.give_back(row, charge.held)
+            self._pool.release(row, context=charge.context, pinned=pinned, decoding=decoding, now=now)
         return charge
 
     def stands(self, charge: Charge) -> bool:

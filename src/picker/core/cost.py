@@ -1,15 +1,18 @@
 """What a request costs on each candidate, in seconds; lower is better. Pure arithmetic over a view.
 
-With W seconds of prefill waiting at an endpoint, x seconds that the request adds, n requests there and a decode step
-of t seconds:
+With W seconds until an endpoint would begin, x seconds of prefill that the request adds, and n requests there:
 
-    queue       W: prefill booked there and not done, less what has been done since the last sign of life; and as many
-                mean prefills as requests wait there that picker did not send (other gateways)
+    queue       W: prefill booked there and not done, less what has been done since the last sign of life; as many mean
+                prefills as requests wait there that picker did not send (other gateways); and, where the KV cache is
+                full, until as much of it has been given back as the request needs
     prefill     x, and the steps it takes
-    followers   what W and x delay whoever comes next: one step of policy improvement of a dispatcher that knows sizes
+    followers   what W and x delay whoever comes next: one step of policy improvement of a dispatcher that knows sizes.
+                Who comes next is drawn to where others of his kind went lately, as far as requests are drawn at all:
+                a pod whose sessions are only pausing is not idle
     neighbours  x, for each request already there, at the weight of a token's delay
     decoding    the fixed part of a decode step, as often as the answer will have tokens: slow endpoints decode slowly
-    memory      KV blocks as a second server: the share of the cache the request takes, for as long as it takes it
+    memory      KV blocks as a second server. Requests hold them side by side, so none waits until the cache is full;
+                then each waits until others have ended, which it does longer by the share of the cache taken here
     stall       how much longer an endpoint has been silent than what it had then takes: a hanging one gets dearer by
                 the second, and no cheaper by being given more
 
@@ -26,7 +29,8 @@ import numpy as np
 from picker.core.view import PoolView
 from picker.types import FloatArray, Int64Array, Request
 
-_FULLEST = 0.95
+_LOGISTIC = 1.702  # makes a logistic curve of a normal one
+_CERTAIN = 15.0  # standard deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +52,21 @@ class CostModel:
         speed, decode_speed, prefilling = view.prefill_speed, view.decode_speed, view.prefilling
         silence, answer = view.silence(prefilling), learned.output_tokens.value
         own = learned.work(view.uncached, view.prompt_tokens) / speed
-        queue = self._queue(view, view.work / speed, prefilling, silence)
         decodes = inflight - prefilling
         step = learned.step(decodes, view.decoding + decodes * (answer / 2.0)) / decode_speed
         steps = np.ceil((view.backlog + view.uncached) / self.step_tokens) + 0.5 * (inflight > 0)
         prefill = own + step * steps
+        decode = answer * step
         arrivals, load = learned.rates(view.endpoints, view.now)
-        holding = queue + prefill + answer * step
+        room, memory = self._memory(view, answer, decode, prefill + decode)
+        queue = self._queue(view, view.work / speed, prefilling, silence) + room
         return {
             "queue": queue,
             "prefill": prefill,
-            "followers": own * (2.0 * queue + own) * (arrivals / (2.0 * (1.0 - load))),
+            "followers": own * (2.0 * queue + own) * (self._drawn(view) * (arrivals / (2.0 * (1.0 - load)))),
             "neighbours": own * inflight * weight,
             "decoding": (weight * answer * learned.step_floor) / decode_speed,
-            "memory": self._memory(view, arrivals, answer, inflight, holding),
+            "memory": memory * arrivals,
             "stall": np.maximum(0.0, silence - view.awaited * (2.0 / speed) - self.stall_grace),
         }
 
@@ -75,16 +80,31 @@ class CostModel:
         alone = view.learned.work(view.prompt_tokens, view.prompt_tokens)
         return ahead + np.maximum(0.0, waiting - prefilling) * (booked.sum() / requests if requests else alone)
 
+    def _drawn(self, view: PoolView) -> FloatArray:
+        """How many of those who come next come here, relative to the mean endpoint."""
+        recent = view.recent
+        mean: float = recent.sum() / max(view.n, 1)
+        tied = view.learned.tied
+        return (1.0 - tied) + recent / mean * tied if mean > 0.0 else np.ones(view.n)
+
     def _memory(
-        self, view: PoolView, arrivals: float, answer: float, inflight: Int64Array, holding: FloatArray
-    ) -> FloatArray:
-        """What the share of the KV cache that the request newly takes, and for how long, costs those who come."""
+        self, view: PoolView, answer: float, decode: FloatArray, holding: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Seconds until there is room for the prompt; and what taking it costs each request a second that comes.
+
+        The cache fills and empties with requests that come and go by chance, so with n of them its filling varies by a
+        share of 1 / sqrt(n): the chance that it is full is a normal tail (as a logistic, within 0.01).
+        """
         capacity = _filled(view.kv_capacity)
         if capacity is None:
-            return np.zeros(view.n)
-        taken = (view.uncached + answer) / capacity * holding
-        full = np.minimum((view.distinct + inflight * (answer / 2.0)) / capacity, _FULLEST)
-        return taken * taken * arrivals / (1.0 - full)
+            return np.zeros(view.n), np.zeros(view.n)
+        prompt, inflight = view.prompt_tokens - view.shared, view.inflight
+        held = view.pinned + inflight * (answer / 2.0)
+        room = np.maximum(0.0, held + prompt - capacity) / np.maximum(held, 1.0) * decode
+        filled = np.maximum(held + prompt + answer, 1.0)
+        spare = np.minimum((capacity - filled) * np.sqrt(inflight + 1.0) / filled, _CERTAIN)
+        full = 1.0 / (1.0 + np.exp(_LOGISTIC * np.maximum(spare, -_CERTAIN)))
+        return room, (prompt + answer) / capacity * holding * holding * full
 
 
 def _filled(column: FloatArray) -> FloatArray | None:

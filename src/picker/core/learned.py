@@ -113,6 +113,7 @@ class Learned:
         self.prefill_speed = Factors(rows, prior=1.0, dead_band=0.10)  # of a second
         self.decode_speed = Factors(rows, prior=4.0, dead_band=0.06)  # of a stream
         self.output_tokens = Ratio(256.0, prior_weight=4.0, keep=1.0 - 1.0 / 256.0)
+        self._tied = Ratio(0.0, prior_weight=20.0, keep=1.0 - 1.0 / 256.0)
         self._arrivals = _Rate()
         self._work = _Rate()
         self._open: dict[int, _Step] = {}  # by row: the latest, to which more may still belong
@@ -176,10 +177,16 @@ class Learned:
 
     # load
 
-    def booked(self, seconds: float, now: float) -> None:
-        """A request was routed that brings so much prefill."""
+    def booked(self, seconds: float, *, tied: bool, now: float) -> None:
+        """A request was routed that brings so much prefill. tied: most of its prompt is cached where it went."""
+        self._tied.add(float(tied), 1.0)
         self._arrivals.add(1.0, now)
         self._work.add(seconds, now)
+
+    @property
+    def tied(self) -> float:
+        """The share of requests that go where most of their prompt is cached: the next one of these goes there, too."""
+        return self._tied.value
 
     def rates(self, endpoints: int, now: float) -> tuple[float, float]:
         """(requests per second, seconds of prefill per second) of the mean endpoint; the second at most 0.95."""

@@ -6,6 +6,7 @@ refers to the old endpoint can be told apart. Unknown numbers are NaN, never zer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from picker.types import BoolArray, Endpoint, FloatArray, Int64Array, Role
 
 NAN = float("nan")
+RECENT_S = 30.0  # how long ago a request still counts as recent, in the mean
 
 # name -> default of a free row. The dtype follows the default: bool, int64 or float64.
 COLUMNS: dict[str, bool | int | float] = {
@@ -42,13 +44,15 @@ COLUMNS: dict[str, bool | int | float] = {
     "backlog": 0,  # uncached prompt tokens of the prefilling ones
     "work": 0,  # of the prefilling ones, nanoseconds of prefill on an endpoint of mean speed
     "context": 0,  # prompt tokens of all in flight: what they occupy in the KV cache
-    "distinct": 0,  # of these, the ones that were not cached when they came
+    "pinned": 0,  # the same, but what several of them share counts once
     "decoding": 0,  # prompt tokens of those past their first token
     # what happened on a row so far: integrals over time, up to `area_at`
     "area_at": 0.0,
     "decodes_area": 0.0,  # requests decoding, seconds
     "context_area": 0.0,  # their context, token seconds
     "prefill_area": 0.0,  # seconds of prefill done, on an endpoint of mean speed
+    "recent": 0.0,  # requests of about the last half minute, as of `recent_at`
+    "recent_at": 0.0,
     "last_pick": 0,  # number of the decision that picked it last
     # learned
     "failures": 0,  # consecutive
@@ -85,12 +89,14 @@ class Pool:
     backlog: Int64Array
     work: Int64Array
     context: Int64Array
-    distinct: Int64Array
+    pinned: Int64Array
     decoding: Int64Array
     area_at: FloatArray
     decodes_area: FloatArray
     context_area: FloatArray
     prefill_area: FloatArray
+    recent: FloatArray
+    recent_at: FloatArray
     last_pick: Int64Array
     failures: Int64Array
     succeeded_at: FloatArray
@@ -206,7 +212,7 @@ class Pool:
 
     # charges
 
-    def book(self, row: int, *, tokens: int, context: int, work: int, now: float) -> None:
+    def book(self, row: int, *, tokens: int, context: int, pinned: int, work: int, now: float) -> None:
         if self.prefilling[row] == 0:
             self.busy_since[row], self.awaited[row] = now, work
         self.inflight[row] += 1
@@ -214,7 +220,9 @@ class Pool:
         self.backlog[row] += tokens
         self.work[row] += work
         self.context[row] += context
-        self.distinct[row] += tokens
+        self.pinned[row] += pinned
+        faded = math.exp((self.recent_at.item(row) - now) / RECENT_S)
+        self.recent[row], self.recent_at[row] = 1.0 + self.recent.item(row) * faded, now
 
     def prefilled(self, row: int, *, tokens: int, context: int, work: int, now: float) -> None:
         """A booked request has its first token: its prefill is no longer ahead of anyone."""
@@ -233,16 +241,16 @@ class Pool:
         assert self.backlog[row] >= 0, "more tokens were released than booked"
         assert self.work[row] >= 0, "more work was released than booked"
 
-    def release(self, row: int, *, tokens: int, context: int, decoding: bool, now: float) -> None:
+    def release(self, row: int, *, context: int, pinned: int, decoding: bool, now: float) -> None:
         if decoding:
             self.integrate(row, now)
             self.decoding[row] -= context
         self.inflight[row] -= 1
         self.context[row] -= context
-        self.distinct[row] -= tokens
+        self.pinned[row] -= pinned
         assert self.inflight[row] >= 0, "a charge was released twice"
         assert self.context[row] >= 0, "more context was released than booked"
-        assert self.distinct[row] >= 0, "more distinct tokens were released than booked"
+        assert self.pinned[row] >= 0, "more pinned tokens were released than booked"
         assert self.decoding[row] >= 0, "more decoding context was released than booked"
 
     def integrate(self, row: int, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -14,8 +15,29 @@ _OUTLIER = 3.0  # root mean squares
 _SHORT = 0.01  # seconds: below, errors are absolute
 
 
+class _Ring:
+    """The latest samples of one size."""
+
+    def __init__(self, size: int, features: int) -> None:
+        self.features = np.zeros((size, features))
+        self.targets = np.zeros(size)
+        self._count = 0
+
+    @property
+    def filled(self) -> int:
+        return min(self._count, self.targets.size)
+
+    def add(self, features: Sequence[float], target: float) -> None:
+        at = self._count % self.targets.size
+        self.features[at], self.targets[at] = features, target
+        self._count += 1
+
+
 class Regression:
-    """y = features @ coefficients, over a ring of samples.
+    """y = features @ coefficients, over the latest samples of each size.
+
+    Sizes are powers of two of what the prior expects, each with a ring of its own: hours of short samples leave the
+    long ones, which tell the slopes from the intercept, where they are.
 
     prior: the coefficients before anything was seen. scales: the size of each feature in a typical sample; with them,
     the prior weighs as much as `prior_samples` samples. Coefficients are costs and never negative: one that would be is
@@ -23,19 +45,23 @@ class Regression:
     Targets must not be negative.
     """
 
-    def __init__(self, prior: FloatArray, scales: FloatArray, *, prior_samples: float = 4.0, ring: int = 512) -> None:
+    def __init__(self, prior: FloatArray, scales: FloatArray, *, prior_samples: float = 4.0, ring: int = 256) -> None:
         self.coefficients: FloatArray = prior.copy()
         self.count = 0
         self._prior = prior
         self._scales = scales
         self._ridge = prior_samples
-        self._features = np.zeros((ring, prior.size))
-        self._targets = np.zeros(ring)
+        self._ring = ring
+        self._sizes: dict[int, _Ring] = {}
 
     def add(self, features: Sequence[float], target: float) -> None:
         """Take a sample in; now and then, fit anew."""
-        at = self.count % self._targets.size
-        self._features[at], self._targets[at] = features, target
+        expected = sum(map(operator.mul, features, self._prior.tolist()))
+        size = math.frexp(expected)[1]
+        ring = self._sizes.get(size)
+        if ring is None:
+            ring = self._sizes[size] = _Ring(self._ring, len(features))
+        ring.add(features, target)
         self.count += 1
         if self.count % (4 if self.count <= _EAGER else 32) == 0:
             self._fit()
@@ -45,8 +71,9 @@ class Regression:
         return seconds
 
     def _fit(self) -> None:
-        filled = min(self.count, self._targets.size)
-        features, targets = self._features[:filled], self._targets[:filled]
+        rings = self._sizes.values()
+        features = np.concatenate([ring.features[: ring.filled] for ring in rings])
+        targets = np.concatenate([ring.targets[: ring.filled] for ring in rings])
         coefficients = self._solve(features, targets)
         errors = np.abs(targets - features @ coefficients)
         near = errors <= _OUTLIER * _without_the_largest(errors)

@@ -19,6 +19,7 @@ from picker.core.estimate import Ratio
 from picker.core.flow import FlowQueue
 from picker.core.learned import SAME_STEP_S, FirstTokenSample, Learned
 from picker.core.pick import Picker, max_score
+from picker.core.pins import Hold, hold
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
 from picker.core.snapshot import EndpointState, endpoint_state
@@ -236,11 +237,11 @@ class Scheduler:
     # --- deciding ---
 
     def _decide(self, request: Request, rows: Int64Array, now: float) -> Decision:
-        view = self._view(request, rows, now)
+        view, held = self._view(request, rows, now)
         total, parts = self._profile.rank(view, request)
         order = self._picker(total, 1 + self.settings.fallbacks, self._rng).tolist()
         best = order[0]
-        self._book(request, view, best, now)
+        self._book(request, view, best, held, now)
         endpoint, *fallbacks = [self.pool.endpoint(rows.item(index)) for index in order]
         return Decision(
             request_id=request.id,
@@ -254,14 +255,16 @@ class Scheduler:
             ranking=Ranking(self.pool.names, rows, total, parts),
         )
 
-    def _view(self, request: Request, rows: Int64Array, now: float) -> PoolView:
+    def _view(self, request: Request, rows: Int64Array, now: float) -> tuple[PoolView, Hold]:
+        """What there is to choose from, and what the request will hold where it goes."""
         pick = place(rows)
         matched = self.index.match(request.block_hashes)[pick].astype(np.float64)
         tokens, per_byte = self._tokens(request)
         cached = matched * (self.settings.block_bytes * per_byte) * self.index.trust[pick]
         # The engine always computes the last token of a prompt again.
         leading = max(request.prompt_bytes * per_byte - 1.0, 0.0)
-        return PoolView(
+        held = hold(request.block_hashes, self.settings.block_bytes * per_byte, tokens)
+        view = PoolView(
             self.pool,
             rows,
             now,
@@ -273,7 +276,9 @@ class Scheduler:
             learned=self.learned,
             session_row=self._session_row(request),
             model=request.model,
+            shared=self.charges.pins.shared(held, self.pool.rows)[pick],
         )
+        return view, held
 
     def _tokens(self, request: Request) -> tuple[float, float]:
         """(tokens of the whole request, tokens per byte of its leading prompt)."""
@@ -283,7 +288,7 @@ class Scheduler:
             return request.prompt_bytes * learned + extra, learned
         return request.prompt_tokens + extra, request.prompt_tokens / max(request.prompt_bytes, 1)
 
-    def _book(self, request: Request, view: PoolView, best: int, now: float) -> None:
+    def _book(self, request: Request, view: PoolView, best: int, held: Hold, now: float) -> None:
         pool, row = self.pool, view.rows.item(best)
         uncached = view.uncached.item(best)
         work = self.learned.work(uncached, view.prompt_tokens)
@@ -298,9 +303,10 @@ class Scheduler:
             work=round(work * 1e9),
             booked_at=now,
             was_idle=not pool.inflight.item(row),
+            held=held,
         )
         self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
-        self.learned.booked(work / speed, now)
+        self.learned.booked(work / speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
         self._decisions += 1
         pool.last_pick[row] = self._decisions
         # Learned at booking: the next request of the same group, a moment later, must already find it.
@@ -348,6 +354,7 @@ class Scheduler:
             predicted=0,
             work=charge.work,
             booked_at=now,
+            held=charge.held,
         )
         self.charges.book(moved, expected_s=charge.work * 1e-9 / float(self.learned.prefill_speed.value[row]))
         self.index.store(row, charge.request.block_hashes)
@@ -468,6 +475,7 @@ class Scheduler:
             return
         self.pool.remove(row)
         self.index.remove_row(row)
+        self.charges.pins.clear(row)
         self.learned.forget(row)
 
     def _load(self, fact: LoadObserved) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picker.core.learned import Learned
-from picker.core.pool import Pool
+from picker.core.pool import RECENT_S, Pool
 from picker.types import BoolArray, FloatArray, Int64Array
 
 T = TypeVar("T", bound=np.generic)
@@ -20,6 +20,7 @@ class PoolView:
     pick: `place(rows)`, where the caller has it.
     matched_blocks: leading blocks of the prompt each candidate is believed to hold, of total_blocks.
     prompt_tokens: all tokens of the request; uncached: (n,) those of them each candidate would have to compute.
+    shared: (n,) leading prompt tokens that requests in flight hold in each candidate's KV cache already.
     learned: what the pool has taught. session_row: pool row that served this session last.
     adapter_active: (n,) whether the request's model is a LoRA adapter active there. Unknown scrapes are NaN.
     """
@@ -38,6 +39,7 @@ class PoolView:
         learned: Learned | None = None,
         session_row: int | None = None,
         model: str | None = None,
+        shared: FloatArray | None = None,
     ) -> None:
         n = rows.size
         self.now = now
@@ -48,6 +50,7 @@ class PoolView:
         self.total_blocks = total_blocks
         self.prompt_tokens = prompt_tokens
         self.uncached = np.full(n, prompt_tokens) if uncached is None else uncached
+        self.shared = np.zeros(n) if shared is None else shared
         self.learned = learned or Learned(pool.rows)
         self.session_row = session_row
         self._model = model
@@ -116,8 +119,15 @@ class PoolView:
         return self._take(self.learned.decode_speed.value)
 
     @property
-    def distinct(self) -> Int64Array:
-        return self._take(self._pool.distinct)
+    def pinned(self) -> Int64Array:
+        """Prompt tokens that requests in flight hold there, what they share counted once."""
+        return self._take(self._pool.pinned)
+
+    @property
+    def recent(self) -> FloatArray:
+        """Requests of about the last half minute, older ones fading away."""
+        faded: FloatArray = np.exp((self._take(self._pool.recent_at) - self.now) * (1.0 / RECENT_S))
+        return self._take(self._pool.recent) * faded
 
     @property
     def decoding(self) -> Int64Array:
