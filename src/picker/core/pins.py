@@ -7,6 +7,7 @@ that leads to it, so a prompt of any length costs a few dozen look-ups; what is 
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from dataclasses import dataclass
 
@@ -36,20 +37,21 @@ def hold(block_hashes: UInt64Array, block_tokens: float, prompt_tokens: float) -
     """What a prompt of so many tokens will hold; block_hashes: (b,) chained, each of block_tokens."""
     if not block_hashes.size:
         return Hold(rest=round(prompt_tokens))
-    marks = _marks(block_hashes.size)
-    ends = np.minimum((marks + 1) * block_tokens, prompt_tokens).astype(np.int64)
-    tokens = np.diff(ends, prepend=0).tolist()
-    return Hold(tuple(block_hashes[marks].tolist()), tuple(tokens), max(0, round(prompt_tokens) - int(ends[-1])))
+    marks, ends = _marks(block_hashes.size)
+    # A few dozen numbers at most: plain Python is faster than arrays.
+    reached = [int(min(end * block_tokens, prompt_tokens)) for end in ends]
+    tokens = tuple(map(operator.sub, reached, [0, *reached]))
+    return Hold(tuple(block_hashes[marks].tolist()), tokens, max(0, round(prompt_tokens) - reached[-1]))
 
 
 @functools.lru_cache(maxsize=4096)
-def _marks(blocks: int) -> Int64Array:
-    """Positions within so many blocks: the first ones all, later ones further and further apart."""
+def _marks(blocks: int) -> tuple[Int64Array, tuple[int, ...]]:
+    """Positions within so many blocks, later ones further and further apart; and the blocks up to each."""
     marks, at = [], 0
     while at < blocks:
         marks.append(at)
         at += 1 + at // _APART
-    return np.array(marks, dtype=np.int64)
+    return np.array(marks, dtype=np.int64), tuple(mark + 1 for mark in marks)
 
 
 class Pins:
