@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,7 @@ class Call:
     extra_bytes: bytes of the further prompts of a batch; they count as load and are never matched.
     prompt_tokens: exact number when the client sent token ids, else None (estimated from bytes).
     salt: the engine's `cache_salt`; two salts never share a prefix. session: id for session affinity.
+    body: the whole request body, for reading it as the engine does (`picker.tokenizers`); never logged or changed.
     """
 
     kind: CallKind
@@ -82,6 +84,33 @@ class Call:
     salt: str | None = None
     session: str | None = None
     priority: int = 0
+    body: bytes = field(default=b"", repr=False, compare=False)
+
+
+class Splits(Protocol):
+    """Tells where the tokens of a prompt end."""
+
+    def __call__(self, position: int) -> bool:
+        """Whether a token ends at this position of the prompt, 0..n."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A prompt as its engine will read it, in the form that exact prefix matching works on; no text.
+
+    adapter, salt: what the engine's hashes cover beside tokens; only chains of the same two are matched.
+    hashes: (n + 1,) keyed hashes of the prompt's first 0..n units (bytes, tokens or blocks, as the index is built).
+    tokens: the prompt's length in tokens, where it was counted. splits: where a token ends; None: at every unit.
+    whole: False when only the beginning could be read (up to the first image, say).
+    """
+
+    hashes: UInt64Array
+    adapter: str | None = None
+    salt: str | None = None
+    tokens: int | None = None
+    splits: Splits | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +122,7 @@ class Request:
     prompt_bytes: length of the leading prompt; extra_bytes: of further prompts in the same body.
     subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
     deadline: leave the queue unserved after this instant. streaming: a first token will be seen before the end.
+    reading: what exact matching works on; None where a prompt could not be read as the engine reads it.
     """
 
     id: int
@@ -110,6 +140,7 @@ class Request:
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
     deadline: float | None = None
+    reading: Reading | None = None
 
 
 # --- what is decided ---------------------------------------------------------------------------------------
@@ -260,11 +291,12 @@ class ScrapeFailed:
 
 @dataclass(frozen=True, slots=True)
 class ModelsObserved:
-    """The model names an endpoint says it serves (`/v1/models`), base models and adapters."""
+    """The model names an endpoint says it serves (`/v1/models`); `adapters` of them are LoRA adapters."""
 
     name: str
     models: frozenset[str]
     max_model_len: int | None = None
+    adapters: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,23 +315,68 @@ class CacheCleared:
     name: str
 
 
+class Tier(enum.Enum):
+    """Where an engine keeps a block. What is not in GPU memory is fetched before it is used."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+    DISK = "disk"
+
+
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """KV events: these blocks entered the engine's prefix cache, by the hashes that prompts are matched with.
+    """KV events: these blocks entered the engine's prefix cache, each the continuation of the one before it.
 
-    An engine that computes a block twice keeps both copies and says so twice.
+    hashes: the engine's own, as 64-bit numbers that mean nothing but identity, oldest first. parent: the hash that the
+    first continues; None: it begins a prompt. An engine that computes a block twice keeps both and says so twice.
+    tokens: ids of all the blocks in order, block_size to a block; empty where the hashes are those that prompts are
+    matched with (virtual time). adapter, salt: what the chain's root covers beside tokens. media: by block, what else
+    its hash covers (identities of images), or empty. group, attention: the cache group of a hybrid model and its kind.
     """
 
     name: str
     hashes: tuple[int, ...]
+    parent: int | None = None
+    tokens: tuple[int, ...] = field(default=(), repr=False)
+    block_size: int = 0
+    adapter: str | None = None
+    salt: str | None = field(default=None, repr=False)
+    media: tuple[str | None, ...] = field(default=(), repr=False)
+    tier: Tier = Tier.GPU
+    group: int = 0
+    attention: str = "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
-    """KV events: one copy of each of these blocks left the engine's prefix cache."""
+    """KV events: one copy of each of these blocks left a tier of the engine's prefix cache."""
 
     name: str
     hashes: tuple[int, ...]
+    tier: Tier = Tier.GPU
+    group: int = 0
+
+
+class EventState(enum.Enum):
+    """How far an endpoint's KV events can be relied on; the value is the metric label."""
+
+    ABSENT = "absent"  # it publishes none, or we cannot reach them
+    WHOLE = "whole"  # everything since the cache was last empty has been seen
+    PARTIAL = "partial"  # an unbroken stream that began after the cache had: older blocks are not known
+    SUSPECT = "suspect"  # something is missing or wrong: what was learned before is void
+
+
+@dataclass(frozen=True, slots=True)
+class EventsChanged:
+    """An endpoint's KV event stream was found, lost, broken or repaired. reason: in plain words, for people.
+
+    SUSPECT and ABSENT void what was learned of its blocks; WHOLE and PARTIAL begin a new stream from nothing, and the
+    blocks that were replayed follow as facts of their own.
+    """
+
+    name: str
+    state: EventState
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +445,7 @@ Fact = (
     | CacheCleared
     | BlocksStored
     | BlocksRemoved
+    | EventsChanged
     | ResponseStarted
     | FirstToken
     | Finished

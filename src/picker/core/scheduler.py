@@ -35,6 +35,7 @@ from picker.types import (
     EndpointAdded,
     EndpointDraining,
     EndpointRemoved,
+    EventsChanged,
     Fact,
     Failed,
     FailureReason,
@@ -153,7 +154,7 @@ class Scheduler:
                 self._removed(name)
             case ScrapeFailed():
                 pass  # Old values stay and age; see `PoolView.age`.
-            case BlocksStored() | BlocksRemoved():
+            case BlocksStored() | BlocksRemoved() | EventsChanged():
                 pass  # The index learns from what is sent and answered.
             case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
                 self._about_endpoint(fact)
