@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import NOW, endpoint, learned, pool, request, speeds, view
+from picker.core.adapters import Adapters
 from picker.core.cost import CostModel
 from picker.core.learned import Learned
 from picker.core.pool import Pool
@@ -218,6 +219,55 @@ def test_a_capacity_nobody_knows_has_no_price_and_one_unknown_is_like_the_others
 
 
 # --- followers are drawn ---
+
+
+def slots(adapters: Adapters, of: Pool, *, model: str = "a") -> list[float]:
+    """The price of a request for an adapter, of which two run at a time; the life of a request is a second."""
+    of.max_adapters[:] = 2
+    seen = view(of, prompt_tokens=1000.0, learned=learned(rows=of.rows), adapters=adapters, model=model)
+    costs: list[float] = (
+        CostModel(adapter_load=0.5, slot_weight=0.1).terms(seen, request(model=model))["adapter"].tolist()
+    )
+    return costs
+
+
+def running(rows: int, **where: tuple[int, ...]) -> Adapters:
+    """Adapters of which a request runs on each of these rows."""
+    adapters = Adapters(rows)
+    adapters.known |= set("abcd")
+    for adapter, at in where.items():
+        for row in at:
+            adapters.book(adapter, row)
+            adapters.begin(adapter, row)
+    return adapters
+
+
+def test_an_adapter_is_loaded_where_it_does_not_run_and_waits_where_all_slots_are_taken() -> None:
+    made = pool(idle=0, here=1, full=2)
+    here, other = running(made.rows, a=(1,), b=(2,), c=(2,)), 0.5
+    costs = slots(here, made)
+    assert costs[:2] == [other, 0.0]
+    assert costs[2] > other + 0.4  # half a life: the first of two slots
+
+
+def test_each_adapter_that_waits_already_makes_the_wait_longer_and_the_slots_in_use_dearer() -> None:
+    made = pool(full=2)
+    adapters = running(made.rows, b=(0,), c=(0,))
+    before, held = slots(adapters, made)[0], slots(adapters, made, model="b")[0]
+    adapters.book("d", 0)
+    assert slots(adapters, made)[0] > before
+    assert (held, slots(adapters, made, model="b")[0] > 0.0) == (0.0, True)
+
+
+def test_where_an_adapter_is_awaited_it_is_neither_loaded_again_nor_its_own_rival() -> None:
+    made = pool(full=2)
+    adapters = running(made.rows, b=(0,))
+    adapters.book("a", 0)
+    assert slots(adapters, made) == [0.0]
+
+
+def test_a_base_model_has_no_price_for_adapters() -> None:
+    assert "adapter" not in terms(pool(a=0))
 
 
 def followers(*, tied: bool, **recent: float) -> list[float]:

@@ -6,6 +6,7 @@ import heapq
 import math
 from dataclasses import dataclass
 
+from picker.core.adapters import Adapters
 from picker.core.pins import NOTHING, Hold, Pins
 from picker.core.pool import Pool
 from picker.types import Request
@@ -18,7 +19,7 @@ class Charge:
     tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.
     work: nanoseconds of prefill expected at the pool's mean speed. was_idle: nothing was in flight there. first_at,
     areas: when the first token came, and the row's integrals then.
-    held: what of the KV cache the prompt takes.
+    held: what of the KV cache the prompt takes. adapter: the LoRA adapter it needs.
     expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
     """
 
@@ -36,6 +37,7 @@ class Charge:
     first_at: float = math.inf
     areas: tuple[float, float, float] = (0.0, 0.0, 0.0)
     held: Hold = NOTHING
+    adapter: str | None = None
 
 
 class Charges:
@@ -44,6 +46,7 @@ class Charges:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.pins = Pins()
+        self.adapters = Adapters(pool.rows)
         self._open: dict[int, Charge] = {}
         self._expected: list[tuple[float, int]] = []  # (when a silent prefill should be over, request id)
 
@@ -64,6 +67,8 @@ class Charges:
         self._pool.book(
             row, tokens=charge.tokens, context=charge.context, pinned=pinned, work=charge.work, now=charge.booked_at
         )
+        if charge.adapter is not None:
+            self.adapters.book(charge.adapter, row)
         if not charge.request.streaming:
             charge.expected_at = charge.booked_at + expected_s
             heapq.heappush(self._expected, (charge.expected_at, charge.request.id))
@@ -77,6 +82,8 @@ class Charges:
         if not self.stands(charge):
             return None
         row, pool = charge.row, self._pool
+        if charge.adapter is not None:
+            self.adapters.begin(charge.adapter, row)
         pool.prefilled(row, tokens=charge.tokens, context=charge.context, work=charge.work, now=now)
         charge.first_at = now
         charge.areas = float(pool.decodes_area[row]), float(pool.context_area[row]), float(pool.prefill_area[row])
@@ -89,6 +96,8 @@ class Charges:
             row, decoding = charge.row, not charge.prefilling
             if charge.prefilling:
                 self._pool.abandoned(row, tokens=charge.tokens, work=charge.work)
+            if charge.adapter is not None:
+                self.adapters.end(charge.adapter, row, begun=decoding)
             pinned = self.pins.give_back(row, charge.held)
             self._pool.release(row, context=charge.context, pinned=pinned, decoding=decoding, now=now)
         return charge

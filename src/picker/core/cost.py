@@ -13,6 +13,8 @@ With W seconds until an endpoint would begin, x seconds of prefill that the requ
     decoding    the fixed part of a decode step, as often as the answer will have tokens: slow endpoints decode slowly
     memory      KV blocks as a second server. Requests hold them side by side, so none waits until the cache is full;
                 then each waits until others have ended, which it does longer by the share of the cache taken here
+    adapter     until a slot for the request's LoRA adapter is free and the adapter loaded; or what the request costs
+                those that wait for the slot it keeps busy
     stall       how much longer an endpoint has been silent than what it had then takes: a hanging one gets dearer by
                 the second, and no cheaper by being given more
 
@@ -40,11 +42,15 @@ class CostModel:
     latency_weight: seconds of first-token delay that one second of delay to an answer's end is worth.
     step_tokens: prompt tokens an engine computes in one step (vLLM's default on large GPUs).
     stall_grace: seconds of silence beyond the expected that count as nothing.
+    adapter_load: seconds to bring a LoRA adapter to a GPU (0.2 from page cache, 2 from an object store).
+    slot_weight: by how much of its life a request prolongs the wait of each adapter that waits for a slot.
     """
 
     latency_weight: float = 0.35
     step_tokens: int = 8192
     stall_grace: float = 1.0
+    adapter_load: float = 0.5
+    slot_weight: float = 0.1
 
     def terms(self, view: PoolView, request: Request) -> dict[str, FloatArray]:
         """Each term of the cost: name -> (n,) seconds, none negative."""
@@ -60,7 +66,7 @@ class CostModel:
         arrivals, load = learned.rates(view.endpoints, view.now)
         room, memory = self._memory(view, answer, decode, prefill + decode)
         queue = self._queue(view, view.work / speed, prefilling, silence) + room
-        return {
+        terms = {
             "queue": queue,
             "prefill": prefill,
             "followers": own * (2.0 * queue + own) * (self._drawn(view) * (arrivals / (2.0 * (1.0 - load)))),
@@ -69,6 +75,9 @@ class CostModel:
             "memory": memory * arrivals,
             "stall": np.maximum(0.0, silence - view.awaited * (2.0 / speed) - self.stall_grace),
         }
+        if view.adapter is not None:
+            terms["adapter"] = self._slot(view, view.adapter, prefill + decode)
+        return terms
 
     def _queue(self, view: PoolView, booked: FloatArray, prefilling: Int64Array, silence: FloatArray) -> FloatArray:
         """Seconds of prefill ahead: what we booked, less its head's progress, and what others have waiting there."""
@@ -86,6 +95,19 @@ class CostModel:
         mean: float = recent.sum() / max(view.n, 1)
         tied = view.learned.tied
         return (1.0 - tied) + recent / mean * tied if mean > 0.0 else np.ones(view.n)
+
+    def _slot(self, view: PoolView, adapter: str, life: FloatArray) -> FloatArray:
+        """Seconds until an adapter has a slot and is loaded, and what keeping one busy costs those who wait for it.
+
+        A slot becomes free when the last request of its adapter has ended: after about one life, if those that come
+        meanwhile go elsewhere. Expecting it as long as if they went on coming (the busy period of M/M/infinity) sends
+        rare adapters into ever the same queues, and was worse.
+        """
+        here, awaited = view.adapter_here(adapter)
+        queued, room = view.adapters_queued, np.maximum(np.nan_to_num(view.max_adapters, nan=np.inf), 1.0)
+        ahead = np.maximum(0.0, view.adapters_taken + queued - awaited + 1.0 - room)
+        comes = np.where(awaited, 0.0, self.adapter_load) + life * ahead / room
+        return np.where(here, self.slot_weight * queued * life, comes)
 
     def _memory(
         self, view: PoolView, answer: float, decode: FloatArray, holding: FloatArray

@@ -277,6 +277,7 @@ class Scheduler:
             learned=self.learned,
             session_row=self._session_row(request),
             model=request.model,
+            adapters=self.charges.adapters,
             shared=self.charges.pins.shared(held, self.pool.rows)[pick],
         )
         return view, held
@@ -305,6 +306,7 @@ class Scheduler:
             booked_at=now,
             was_idle=not pool.inflight.item(row),
             held=held,
+            adapter=self.charges.adapters.of(request.model),
         )
         self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
         self.learned.booked(work / speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
@@ -356,6 +358,7 @@ class Scheduler:
             work=charge.work,
             booked_at=now,
             held=charge.held,
+            adapter=charge.adapter,
         )
         self.charges.book(moved, expected_s=charge.work * 1e-9 / float(self.learned.prefill_speed.value[row]))
         self.index.store(row, charge.request.block_hashes)
@@ -447,7 +450,8 @@ class Scheduler:
         if row is None:
             return
         match fact:
-            case ModelsObserved(models=models):
+            case ModelsObserved(models=models, adapters=adapters):
+                self.charges.adapters.known |= adapters
                 self.pool.set_models(row, models)
             case HealthObserved(healthy=healthy):
                 self.pool.healthy[row] = healthy
@@ -469,6 +473,7 @@ class Scheduler:
         if self.pool.rows != rows:
             self.learned.grow(self.pool.rows)
             self.index.grow_rows(self.pool.rows)
+            self.charges.adapters.grow(self.pool.rows)
 
     def _removed(self, name: str) -> None:
         row = self.pool.row(name)
@@ -477,6 +482,7 @@ class Scheduler:
         self.pool.remove(row)
         self.index.remove_row(row)
         self.charges.pins.clear(row)
+        self.charges.adapters.clear(row)
         self.learned.forget(row)
 
     def _load(self, fact: LoadObserved) -> None:
@@ -502,6 +508,7 @@ class Scheduler:
             self._set_capacity(row, fact.kv_capacity_tokens)
         if fact.adapters is not None:
             pool.set_adapters(row, fact.adapters)
+            self.charges.adapters.known |= fact.adapters
 
     def _restarted(self, row: int, fact: LoadObserved) -> bool:
         """A new process start, or a counter that went back: the cache the index remembers is gone."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from picker.core.adapters import Adapters
 from picker.core.learned import Learned
 from picker.core.pool import RECENT_S, Pool
 from picker.types import BoolArray, FloatArray, Int64Array
@@ -21,7 +22,7 @@ class PoolView:
     matched_blocks: leading blocks of the prompt each candidate is believed to hold, of total_blocks.
     prompt_tokens: all tokens of the request; uncached: (n,) those of them each candidate would have to compute.
     shared: (n,) leading prompt tokens that requests in flight hold in each candidate's KV cache already.
-    learned: what the pool has taught. session_row: pool row that served this session last.
+    adapters: what runs where. learned: what the pool has taught. session_row: pool row that served this session last.
     adapter_active: (n,) whether the request's model is a LoRA adapter active there. Unknown scrapes are NaN.
     """
 
@@ -40,6 +41,7 @@ class PoolView:
         session_row: int | None = None,
         model: str | None = None,
         shared: FloatArray | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         n = rows.size
         self.now = now
@@ -54,6 +56,8 @@ class PoolView:
         self.learned = learned or Learned(pool.rows)
         self.session_row = session_row
         self._model = model
+        self._adapters = adapters or Adapters(pool.rows)
+        self.adapter = self._adapters.of(model)
         self._pool = pool
 
     @property
@@ -154,6 +158,25 @@ class PoolView:
         return np.where(prefilling > 0, self.now - since, 0.0)
 
     # LoRA
+
+    @property
+    def max_adapters(self) -> FloatArray:
+        """How many run at once; NaN where the engine does not say."""
+        return self._take(self._pool.max_adapters)
+
+    @property
+    def adapters_taken(self) -> Int64Array:
+        """Adapters that run there."""
+        return self._take(self._adapters.taken)
+
+    @property
+    def adapters_queued(self) -> Int64Array:
+        """Further adapters whose requests wait there."""
+        return self._take(self._adapters.queued)
+
+    def adapter_here(self, adapter: str) -> tuple[BoolArray, BoolArray]:
+        """Where the adapter runs, and where requests of it wait and none runs."""
+        return self._take(self._adapters.here(adapter)), self._take(self._adapters.awaited(adapter))
 
     @property
     def adapter_active(self) -> BoolArray:
