@@ -99,6 +99,8 @@ class Splits(Protocol):
 class Reading:
     """A prompt as its engine will read it, in the form that exact prefix matching works on; no text.
 
+    Much larger than the prompt: needed while deciding and never kept.
+
     adapter, salt: what the engine's hashes cover beside tokens; only chains of the same two are matched.
     hashes: (n + 1,) keyed hashes of the prompt's first 0..n units (bytes, tokens or blocks, as the index is built).
     tokens: the prompt's length in tokens, where it was counted. splits: where a token ends; None: at every unit.
@@ -113,6 +115,12 @@ class Reading:
     whole: bool = True
 
 
+class Unread(enum.Enum):
+    """A prompt that was not read, because reading it takes too long for where it was asked for."""
+
+    UNREAD = "unread"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """All that a decision may depend on; no headers, no body, no text.
@@ -122,7 +130,6 @@ class Request:
     prompt_bytes: length of the leading prompt; extra_bytes: of further prompts in the same body.
     subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
     deadline: leave the queue unserved after this instant. streaming: a first token will be seen before the end.
-    reading: what exact matching works on; None where a prompt could not be read as the engine reads it.
     """
 
     id: int
@@ -140,7 +147,6 @@ class Request:
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
     deadline: float | None = None
-    reading: Reading | None = None
 
 
 # --- what is decided ---------------------------------------------------------------------------------------

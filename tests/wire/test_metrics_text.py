@@ -459,7 +459,8 @@ def test_models_and_adapters_are_listed_with_the_context_length() -> None:
         b'"permission":[{"id":"modelperm-1"}]},'
         b'{"id":"ad1","object":"model","root":"/a","parent":"tiny","max_model_len":null}]}'
     )
-    assert decode_models(body, name="pod-1") == ModelsObserved("pod-1", frozenset({"tiny", "ad1"}), 1024)
+    models, adapters = frozenset({"tiny", "ad1"}), frozenset({"ad1"})
+    assert decode_models(body, name="pod-1") == ModelsObserved("pod-1", models, 1024, adapters)
 
 
 def test_models_without_context_length_are_listed() -> None:

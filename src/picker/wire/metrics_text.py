@@ -325,6 +325,7 @@ def _refusal(text: bytes, page: bytes) -> WireError:
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None  # null for LoRA adapters
+    parent: str | None = None  # what an adapter is an adapter of
 
 
 class _ModelList(msgspec.Struct):
@@ -335,7 +336,8 @@ _MODEL_LIST = msgspec.json.Decoder(_ModelList)
 
 
 def decode_models(body: bytes, *, name: str) -> ModelsObserved:
-    """Read the answer of `GET /v1/models`: every served name and adapter, and the smallest context length shown.
+    """Read the answer of `GET /v1/models`: every served name and adapter (a model with a parent), and the
+    smallest context length shown.
 
     Raises WireError when it is not an OpenAI model list.
     """
@@ -344,4 +346,9 @@ def decode_models(body: bytes, *, name: str) -> ModelsObserved:
     except msgspec.DecodeError as error:
         raise WireError(f"not a model list: {error}", status=502) from error
     lengths = [model.max_model_len for model in models if model.max_model_len is not None]
-    return ModelsObserved(name, frozenset(model.id for model in models), min(lengths, default=None))
+    return ModelsObserved(
+        name,
+        frozenset(model.id for model in models),
+        min(lengths, default=None),
+        frozenset(model.id for model in models if model.parent is not None),
+    )

@@ -113,7 +113,7 @@ def _parse_chat(body: bytes) -> Call:
     if not fields.messages:
         raise _refusal("too_short", ("messages",), "List should have at least 1 item, not 0")
     limit = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
-    return _call(CallKind.CHAT, fields, Prompt(chat_prompt(fields, fields.messages)), limit)
+    return _call(CallKind.CHAT, fields, Prompt(chat_prompt(fields, fields.messages)), limit, body)
 
 
 def _parse_completion(body: bytes) -> Call:
@@ -125,7 +125,7 @@ def _parse_completion(body: bytes) -> Call:
     else:
         problem = "missing" if fields.prompt is None else "too_short"
         raise _refusal(problem, ("prompt",), "Either prompt or prompt_embeds must be provided and non-empty")
-    return _call(CallKind.COMPLETION, fields, prompt, fields.max_tokens)
+    return _call(CallKind.COMPLETION, fields, prompt, fields.max_tokens, body)
 
 
 def _parse_other(route: str, body: bytes) -> Call:
@@ -169,7 +169,7 @@ def _conversations(fields: _Other, opening: list[Item], messages: list[Item | li
     return Prompt(first, extra_bytes=sum(map(len, others)))
 
 
-def _call(kind: CallKind, fields: _Fields, prompt: Prompt, max_tokens: int | None) -> Call:
+def _call(kind: CallKind, fields: _Fields, prompt: Prompt, max_tokens: int | None, body: bytes = b"") -> Call:
     session = fields.session_id
     if not session and fields.vllm_xargs is not None and fields.vllm_xargs.session_id is not None:
         session = str(fields.vllm_xargs.session_id)
@@ -187,6 +187,7 @@ def _call(kind: CallKind, fields: _Fields, prompt: Prompt, max_tokens: int | Non
         salt=fields.cache_salt or None,
         session=session or None,
         priority=max(-_MAX_INT, min(fields.priority or 0, _MAX_INT)),
+        body=body,
     )
 
 
