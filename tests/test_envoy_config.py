@@ -69,7 +69,7 @@ def test_every_listener_strips_what_only_a_picker_may_say() -> None:
         mutations = extension["typed_config"]["mutations"]
         assert {"remove": "x-prefiller-host-port"} in mutations
         prefixes = [each["remove_on_match"]["key_matcher"] for each in mutations if "remove_on_match" in each]
-        assert prefixes == [{"prefix": "x-gateway-", "ignore_case": True}]
+        assert prefixes == [{"prefix": prefix, "ignore_case": True} for prefix in ("x-gateway-", "x-llm-d-")]
 
 
 def test_the_plain_listener_is_optional_and_knows_no_picker() -> None:
@@ -77,6 +77,26 @@ def test_the_plain_listener_is_optional_and_knows_no_picker() -> None:
     assert [each["name"] for each in listener(made, PLAIN)["http_filters"]] == ["envoy.filters.http.router"]
     assert cluster(made, PLAIN)["lb_policy"] == "ROUND_ROBIN"
     assert [each["name"] for each in config()["static_resources"]["listeners"]] == [GATEWAY]
+
+
+def test_lean_sends_requests_alone_and_has_the_access_log_name_them() -> None:
+    made = config(lean=True, plain="127.0.0.1:0")
+    mode = ext_proc(made)["processing_mode"]
+    assert (mode["request_body_mode"], mode["request_trailer_mode"]) == ("FULL_DUPLEX_STREAMED", "SEND")
+    assert [mode[f"response_{part}_mode"] for part in ("header", "body", "trailer")] == ["SKIP", "NONE", "SKIP"]
+    (log,) = listener(made, GATEWAY)["access_log"]
+    assert log["typed_config"]["additional_request_headers_to_log"] == ["x-picker-request-id"]
+    assert log["typed_config"]["common_config"]["grpc_service"] == {"envoy_grpc": {"cluster_name": "ext-proc"}}
+    assert "access_log" not in listener(made, PLAIN)
+    assert "access_log" not in listener(config(), GATEWAY)
+
+
+def test_picker_is_reached_over_tls_if_asked_and_verified_if_told_how() -> None:
+    assert "transport_socket" not in cluster(config(), "ext-proc")
+    for ca, expected in ((None, None), (Path("/ca.pem"), {"trusted_ca": {"filename": "/ca.pem"}})):
+        context = cluster(config(tls=True, ca=ca), "ext-proc")["transport_socket"]["typed_config"]["common_tls_context"]
+        assert context["alpn_protocols"] == ["h2"]
+        assert context.get("validation_context") == expected
 
 
 def test_override_host_walks_the_verdict_and_reports_who_served() -> None:
@@ -121,6 +141,7 @@ def test_the_text_is_the_data() -> None:
 @pytest.mark.parametrize("plain", [None, "127.0.0.1:0"])
 def test_envoy_accepts_every_variant(topology: Topology, plain: str | None) -> None:
     validate(config(topology=topology, plain=plain, failure_mode_allow=True, filters=[subset_filter(PODS)]))
+    validate(config(topology=topology, plain=plain, lean=True, tls=True))
 
 
 @needs_envoy

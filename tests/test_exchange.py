@@ -376,6 +376,30 @@ def test_a_rejection_is_answered_with_its_status_and_when_to_come_again(
     assert dict(play.last(Respond).headers).get("retry-after") == header
 
 
+@pytest.mark.parametrize(
+    ("reason", "word"),
+    [
+        (RejectReason.SATURATED, "rejected-saturated"),
+        (RejectReason.NO_ENDPOINTS, "rejected-no-endpoints"),
+        (RejectReason.NO_MATCH, "rejected-no-endpoints"),
+        (RejectReason.EXPIRED, "rejected-ttl-expired"),
+        (RejectReason.SHUTDOWN, "rejected-shutting-down"),
+        (RejectReason.UNKNOWN_MODEL, None),
+    ],
+)
+def test_a_rejection_says_why_in_the_words_of_llm_ds_endpoint_picker(reason: RejectReason, word: str | None) -> None:
+    play = asked() >> Decided(Rejection(ID, reason, 503, "No.")) << Like(Respond, status=503)
+    assert play
+    assert dict(play.last(Respond).headers).get("x-llm-d-request-dropped-reason") == word
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_stream_counts_as_one_only_where_its_first_token_will_be_seen(followed: bool) -> None:
+    play = Playbook(exchange())
+    assert play >> head(followed=followed) >> RequestBody(chat(stream=True), end=True) << Submit
+    assert play.last(Submit).call.stream is followed
+
+
 # --- endpoints that fail ---
 
 

@@ -19,6 +19,8 @@ from picker.errors import ConfigError
 
 MIB = 1024 * 1024
 
+EPP_MODES = ("full", "lean")
+EXACT_BY = ("auto", "bytes", "tokens", "off")
 POLICIES = ("picker", "weighted", "least-request", "round-robin", "random")
 
 
@@ -50,6 +52,33 @@ class IndexConfig(Part, frozen=True):
 
     block_bytes: int = 256
     budget_bytes: int = 512 * MIB
+
+
+class ExactConfig(Part, frozen=True):
+    """Exact prefix knowledge, from the engines' KV events.
+
+    by: bytes (matched as text, nothing is tokenised), tokens (every prompt is: the reference), off, or auto: bytes
+    where a tokenizer is given. tokenizer: folder with tokenizer.json and chat template, of all models; tokenizers: by model;
+    without either, by: bytes asks the engines. events, replay: where to subscribe, as tcp://{host}:5557, for engines
+    that do not tell; the rank is added to the port. budget_ms: how long a decision waits for a prompt to be read.
+    budget_bytes: a hard limit on the index. snapshot: a file that it is kept in between runs.
+    """
+
+    by: str = "auto"
+    tokenizer: str | None = None
+    tokenizers: dict[str, str] = {}
+    events: str | None = None
+    replay: str | None = None
+    budget_ms: float = 20.0
+    budget_bytes: int = 512 * MIB
+    snapshot: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """bytes, tokens or off."""
+        if self.by != "auto":
+            return self.by
+        return "bytes" if self.tokenizer or self.tokenizers else "off"
 
 
 class QueueConfig(Part, frozen=True):
@@ -94,16 +123,27 @@ class ProxyConfig(Part, frozen=True):
 
 
 class EppConfig(Part, frozen=True):
-    """The Envoy ext-proc service. cert_path: folder with tls.crt and tls.key; plain HTTP/2 without it.
+    """The Envoy ext-proc service.
 
-    fallbacks: name further endpoints behind the first, for data planes that walk the list (override_host).
+    mode: full follows responses, lean only requests. fallbacks: name further endpoints behind the first, for data
+    planes that walk the list (override_host). secure_serving: TLS, with tls.crt and tls.key of the folder cert_path
+    (read again when they change), else self-signed; client_ca_path: serve only clients with a certificate of these.
+    max_message_bytes: of one gRPC message. request_timeout_s: for a request to arrive whole; idle_timeout_s: without a
+    message while an endpoint works. drain_delay_s: still serve for so long after readiness is off.
     """
 
     host: str = "0.0.0.0"
     grpc_port: int = 9002
     grpc_health_port: int = 9003
+    mode: str = "full"
     fallbacks: bool = True
+    secure_serving: bool = True
     cert_path: str | None = None
+    client_ca_path: str | None = None
+    max_message_bytes: int = 64 * MIB
+    request_timeout_s: float = 300.0
+    idle_timeout_s: float = 600.0
+    drain_delay_s: float = 5.0
 
 
 class AdminConfig(Part, frozen=True):
@@ -125,6 +165,7 @@ class Config(Part, frozen=True):
     seed: int | None = None
     drain_timeout_s: float = 30.0
     index: IndexConfig = IndexConfig()
+    exact: ExactConfig = ExactConfig()
     queue: QueueConfig = QueueConfig()
     health: HealthConfig = HealthConfig()
     scrape: ScrapeConfig = ScrapeConfig()
@@ -193,10 +234,16 @@ def check(config: Config) -> None:
         raise ConfigError("policy: 'weighted' needs a list of scorers")
     if config.scorers and config.policy != "weighted":
         raise ConfigError(f"scorers: they are used by policy 'weighted' only, and policy is {config.policy!r}")
+    if config.exact.by not in EXACT_BY:
+        raise ConfigError(
+            f"exact.by: {config.exact.by!r} is not one of {', '.join(EXACT_BY)}{_near(config.exact.by, EXACT_BY)}"
+        )
     if config.index.block_bytes % 4:
         raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
     if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
         raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
+    if config.epp.mode not in EPP_MODES:
+        raise ConfigError(f"epp.mode: {config.epp.mode!r} is not one of {', '.join(EPP_MODES)}")
     _check_numbers(config)
 
 
@@ -204,6 +251,8 @@ def _check_numbers(config: Config) -> None:
     positive = {
         "index.block_bytes": config.index.block_bytes,
         "index.budget_bytes": config.index.budget_bytes,
+        "exact.budget_ms": config.exact.budget_ms,
+        "exact.budget_bytes": config.exact.budget_bytes,
         "scrape.interval_s": config.scrape.interval_s,
         "scrape.timeout_s": config.scrape.timeout_s,
         "limits.max_body_bytes": config.limits.max_body_bytes,
@@ -213,6 +262,9 @@ def _check_numbers(config: Config) -> None:
         "proxy.connect_timeout_s": config.proxy.connect_timeout_s,
         "proxy.first_byte_timeout_s": config.proxy.first_byte_timeout_s,
         "proxy.idle_timeout_s": config.proxy.idle_timeout_s,
+        "epp.max_message_bytes": config.epp.max_message_bytes,
+        "epp.request_timeout_s": config.epp.request_timeout_s,
+        "epp.idle_timeout_s": config.epp.idle_timeout_s,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -222,6 +274,7 @@ def _check_numbers(config: Config) -> None:
         "queue.size": config.queue.size,
         "health.eject_s": config.health.eject_s,
         "health.eject_max_s": config.health.eject_max_s,
+        "epp.drain_delay_s": config.epp.drain_delay_s,
     }
     for key, value in not_negative.items():
         if not value >= 0:
@@ -271,6 +324,7 @@ def _keys_at(where: str) -> list[str]:
         "endpoints": EndpointSpec,
         "scorers": ScorerSpec,
         "index": IndexConfig,
+        "exact": ExactConfig,
         "queue": QueueConfig,
         "health": HealthConfig,
         "scrape": ScrapeConfig,

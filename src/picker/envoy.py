@@ -25,6 +25,7 @@ import aiohttp
 import yaml
 
 from picker.errors import ConfigError
+from picker.exchange import REQUEST_HEADER
 from picker.wire.extproc import (
     CONTROL_HEADERS,
     DESTINATION,
@@ -41,8 +42,9 @@ PLAIN = "plain"
 POOL = "pool"
 EXT_PROC = "ext-proc"
 
-CONTROL_PREFIX = "x-gateway-"
+CONTROL_PREFIXES = ("x-gateway-", "x-llm-d-")
 
+_BOTH_WAYS: Json = {"header_mode": "SEND", "body_mode": "FULL_DUPLEX_STREAMED", "trailer_mode": "SEND"}
 _INSTALL = "Install it with `pip install 'picker-gateway[envoy]'`, or put an `envoy` on PATH."
 _TYPE = "type.googleapis.com/envoy.extensions."
 # Envoy's defaults (1,024 each) turn a load test into a test of the defaults.
@@ -85,17 +87,24 @@ def bootstrap(
     failure_mode_allow: bool = False,
     filters: Sequence[Json] = (),
     admin: str = "127.0.0.1:0",
+    lean: bool = False,
+    tls: bool = False,
+    ca: Path | None = None,
 ) -> Json:
     """A complete static Envoy configuration: clients -> Envoy -> the pool's endpoint that picker names.
 
-    endpoints: "ip:port" of the pool. ext_proc: "ip:port" where picker serves ext-proc in clear text. address: where
+    endpoints: "ip:port" of the pool. ext_proc: "ip:port" where picker serves ext-proc. address: where
     the listener `gateway` binds; port 0 takes a free one (see `Envoy.ports`). plain: where a second listener binds
     that sends to the same endpoints in turn, without picker. failure_mode_allow: serve without picker when it cannot
-    be reached. filters: HTTP filters to run before ext-proc. Raises ConfigError on an address that is not "ip:port".
+    be reached. filters: HTTP filters to run before ext-proc. lean: responses do not go through picker, which is told of
+    them by the access log (`picker epp --mode lean`). tls: picker serves TLS; ca: whom its certificate must be from,
+    else any will do. Raises ConfigError on an address that is not "ip:port".
     """
-    filters = [*filters, _ext_proc_filter(failure_mode_allow=failure_mode_allow), _router_filter()]
-    listeners = [_listener(GATEWAY, address, POOL, filters)]
-    clusters = [_pool(endpoints, topology), _ext_proc_cluster(ext_proc)]
+    ext_proc_filter = _ext_proc_filter(failure_mode_allow=failure_mode_allow, lean=lean)
+    filters = [*filters, ext_proc_filter, _router_filter()]
+    listeners = [_listener(GATEWAY, address, POOL, filters, [_access_log()] if lean else ())]
+    transport = {"transport_socket": _tls(ca)} if tls else {}
+    clusters = [_pool(endpoints, topology), _ext_proc_cluster(ext_proc) | transport]
     if plain is not None:
         listeners.append(_listener(PLAIN, plain, PLAIN, [_router_filter()]))
         clusters.append(_static_cluster(PLAIN, endpoints) | {"lb_policy": "ROUND_ROBIN"} | _to_pods())
@@ -128,7 +137,7 @@ def _socket(address: str) -> Json:
     return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
 
 
-def _listener(name: str, address: str, cluster: str, filters: Sequence[Json]) -> Json:
+def _listener(name: str, address: str, cluster: str, filters: Sequence[Json], logs: Sequence[Json] = ()) -> Json:
     manager = _typed(
         "envoy.filters.network.http_connection_manager",
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -140,14 +149,17 @@ def _listener(name: str, address: str, cluster: str, filters: Sequence[Json]) ->
         early_header_mutation_extensions=[_strip_control_headers()],
         route_config={"name": name, "virtual_hosts": [_virtual_host(cluster)]},
         http_filters=list(filters),
+        **({"access_log": list(logs)} if logs else {}),
     )
     return {"name": name, "address": _socket(address), "filter_chains": [{"filters": [manager]}]}
 
 
 def _strip_control_headers() -> Json:
     """Before routing and ext-proc: route-level removal runs after both."""
-    mutations: list[Json] = [{"remove": name} for name in CONTROL_HEADERS if not name.startswith(CONTROL_PREFIX)]
-    mutations.append({"remove_on_match": {"key_matcher": {"prefix": CONTROL_PREFIX, "ignore_case": True}}})
+    names = [name for name in CONTROL_HEADERS if not name.startswith(CONTROL_PREFIXES)]
+    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in CONTROL_PREFIXES]
+    mutations: list[Json] = [{"remove": name} for name in names]
+    mutations += [{"remove_on_match": prefix} for prefix in prefixes]
     return _typed(
         "envoy.http.early_header_mutation.header_mutation",
         "http.early_header_mutation.header_mutation.v3.HeaderMutation",
@@ -166,7 +178,8 @@ def _virtual_host(cluster: str) -> Json:
     return {"name": cluster, "domains": ["*"], "routes": [route]}
 
 
-def _ext_proc_filter(*, failure_mode_allow: bool) -> Json:
+def _ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
+    response = {"header_mode": "SKIP", "body_mode": "NONE", "trailer_mode": "SKIP"} if lean else _BOTH_WAYS
     return _typed(
         "envoy.filters.http.ext_proc",
         "filters.http.ext_proc.v3.ExternalProcessor",
@@ -177,9 +190,7 @@ def _ext_proc_filter(*, failure_mode_allow: bool) -> Json:
             "request_header_mode": "SEND",
             "request_body_mode": "FULL_DUPLEX_STREAMED",
             "request_trailer_mode": "SEND",
-            "response_header_mode": "SEND",
-            "response_body_mode": "FULL_DUPLEX_STREAMED",
-            "response_trailer_mode": "SEND",
+            **{f"response_{key}": value for key, value in response.items()},
         },
         # Without the second Envoy drops picker's dynamic metadata in silence.
         metadata_options={
@@ -187,6 +198,31 @@ def _ext_proc_filter(*, failure_mode_allow: bool) -> Json:
             "receiving_namespaces": {"untyped": [LOAD_BALANCING]},
         },
     )
+
+
+def _access_log() -> Json:
+    """Tells picker how requests ended, soon enough for its picture of the load and seldom enough to cost nothing."""
+    return _typed(
+        "envoy.access_loggers.http_grpc",
+        "access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+        common_config={
+            "log_name": "picker",
+            "transport_api_version": "V3",
+            "grpc_service": {"envoy_grpc": {"cluster_name": EXT_PROC}},
+            "buffer_flush_interval": "0.1s",
+            # Envoy drops what does not fit while the stream to picker is being made; its default is some 30 entries.
+            "buffer_size_bytes": 1024 * 1024,
+        },
+        additional_request_headers_to_log=[REQUEST_HEADER],
+    )
+
+
+def _tls(ca: Path | None) -> Json:
+    context: Json = {"alpn_protocols": ["h2"]}
+    if ca is not None:
+        context["validation_context"] = {"trusted_ca": {"filename": str(ca)}}
+    message = "transport_sockets.tls.v3.UpstreamTlsContext"
+    return _typed("envoy.transport_sockets.tls", message, common_tls_context=context)
 
 
 def _router_filter() -> Json:

@@ -38,6 +38,7 @@ Headers = tuple[tuple[str, str], ...]
 
 ENDPOINT_HEADER = "x-picker-endpoint"
 REQUEST_HEADER = "x-picker-request-id"
+DROPPED_HEADER = "x-llm-d-request-dropped-reason"
 SESSION_HEADERS = ("x-session-id", "session-id", "x-session-affinity", "x-claude-code-session-id")
 
 
@@ -56,7 +57,8 @@ def _bodyless_repr(of: msgspec.Struct) -> str:
 class RequestHead(msgspec.Struct, frozen=True, gc=False):
     """Request line and headers (names in lower case). end: there is no body.
 
-    subset: addresses the data plane restricts this request to, when it says so.
+    subset: addresses the data plane restricts this request to, when it says so. followed: the response will be fed in,
+    too; else nobody can tell when its first token comes.
     """
 
     method: str
@@ -64,6 +66,7 @@ class RequestHead(msgspec.Struct, frozen=True, gc=False):
     headers: Mapping[str, str]
     end: bool = False
     subset: frozenset[str] | None = None
+    followed: bool = True
 
 
 class RequestBody(msgspec.Struct, frozen=True, gc=False):
@@ -191,6 +194,14 @@ class Phase(enum.Enum):
 
 
 _STATUS_OF_FAILURE = {FailureReason.TIMEOUT: 504, FailureReason.SHUTDOWN: 503}
+# Why there is no answer from an endpoint, in the words of llm-d's endpoint picker.
+_DROPPED = {
+    RejectReason.NO_ENDPOINTS: "rejected-no-endpoints",
+    RejectReason.NO_MATCH: "rejected-no-endpoints",
+    RejectReason.SATURATED: "rejected-saturated",
+    RejectReason.EXPIRED: "rejected-ttl-expired",
+    RejectReason.SHUTDOWN: "rejected-shutting-down",
+}
 _RETRYABLE = frozenset({FailureReason.CONNECT, FailureReason.RESET})
 
 
@@ -288,6 +299,9 @@ class Exchange:
         return self._ask(call if session is None else replace(call, session=session))
 
     def _ask(self, call: Call) -> list[Action]:
+        assert self._head is not None
+        if call.stream and not self._head.followed:
+            call = replace(call, stream=False)
         self.phase = Phase.DECIDING
         self._submit = Submit(call, self._subset)
         return [self._submit]
@@ -317,6 +331,8 @@ class Exchange:
             return self._give_up(self._failed, "there is no other to try")
         retry = rejection.retry_after
         headers: Headers = () if retry is None else (("retry-after", str(max(1, round(retry)))),)
+        if (dropped := _DROPPED.get(rejection.reason)) is not None:
+            headers = (*headers, (DROPPED_HEADER, dropped))
         param = "model" if rejection.reason is RejectReason.UNKNOWN_MODEL else None
         return self._answer(rejection.status, rejection.message, headers=headers, param=param)
 

@@ -428,10 +428,11 @@ class FailureReason(enum.Enum):
     TIMEOUT = "timeout"
     TRUNCATED = "truncated"  # the stream ended before its end marker
     SHUTDOWN = "shutdown"
+    UNHEARD = "unheard"  # nothing told how it ended: taken as over when it should be
 
     @property
     def blames_endpoint(self) -> bool:
-        return self not in (FailureReason.CLIENT_GONE, FailureReason.SHUTDOWN)
+        return self not in (FailureReason.CLIENT_GONE, FailureReason.SHUTDOWN, FailureReason.UNHEARD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from picker.app import App
-from picker.config import Config, HealthConfig, LimitConfig, ProxyConfig, ScrapeConfig
+from picker.config import Config, ExactConfig, HealthConfig, LimitConfig, ProxyConfig, ScrapeConfig
 from picker.envoy import GATEWAY, bootstrap, find_envoy, running_envoy
 from picker.errors import ConfigError
 from picker.frontends.extproc import ExtProc
@@ -66,6 +66,7 @@ async def gateway(
     limits: LimitConfig | None = None,
     first_byte_timeout_s: float = 30.0,
     known: bool = True,
+    exact: ExactConfig | None = None,
 ) -> AsyncIterator[Gateway]:
     """Picker behind `front_end` ("proxy" or "envoy"), ready: its pods are scraped and their models known.
 
@@ -76,6 +77,7 @@ async def gateway(
         seed=1,
         scrape=ScrapeConfig(interval_s=0.05, timeout_s=0.5),
         limits=limits or LimitConfig(),
+        exact=exact or ExactConfig(),
         health=HealthConfig(eject_after=3, eject_s=30.0),
         proxy=ProxyConfig(first_byte_timeout_s=first_byte_timeout_s),
         drain_timeout_s=0.5,

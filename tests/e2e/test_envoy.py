@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from picker.envoy import (
 )
 from picker.errors import ConfigError
 from picker.exchange import Limits
-from picker.frontends.extproc import ExtProc
+from picker.frontends.certificates import Certificates
+from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.prefix.blocks import BlockHasher
 from picker.runtime import Runtime
 from picker.telemetry import Telemetry
@@ -44,6 +47,7 @@ from picker.types import (
     Finished,
     Outcome,
     Queued,
+    Reading,
     Rejection,
     RejectReason,
     Request,
@@ -70,10 +74,11 @@ class FakeScheduler:
         self.answer: Callable[[Request], Outcome | Queued] | None = None
         self.requests: list[Request] = []
         self.facts: list[Fact] = []
+        self.notices: deque[str] = deque()
         self.told = asyncio.Condition()
         self.queued = asyncio.Event()
 
-    def submit(self, request: Request, now: float) -> Outcome | Queued:
+    def submit(self, request: Request, now: float, reading: Reading | None = None) -> Outcome | Queued:
         self.requests.append(request)
         outcome = self.answer(request) if self.answer else self.route(request)
         if isinstance(outcome, Queued):
@@ -96,7 +101,7 @@ class FakeScheduler:
         return None
 
     @property
-    def ends(self) -> list[Fact]:
+    def ends(self) -> list[Finished | Failed]:
         return [fact for fact in self.facts if isinstance(fact, Finished | Failed)]
 
 
@@ -130,10 +135,14 @@ class Stack:
         return end
 
 
-async def serve(stack: AsyncExitStack, service: ExtProc) -> tuple[int, asyncio.Task[None]]:
+async def serve(
+    stack: AsyncExitStack, service: ExtProc, tls: ssl.SSLContext | None = None
+) -> tuple[int, asyncio.Task[None]]:
     bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
-    task = tasks.create_task(service.serve("127.0.0.1", 0, ready=lambda port, _: bound.set_result(port), grace=1.0))
+    task = tasks.create_task(
+        service.serve("127.0.0.1", 0, tls=tls, ready=lambda port, _: bound.set_result(port), grace=1.0)
+    )
     stack.callback(task.cancel)
     return await bound, task
 
@@ -146,7 +155,13 @@ async def stack(
     failure_mode_allow: bool = False,
     dead_member: bool = False,
     limits: Limits | None = None,
+    mode: Mode = Mode.FULL,
+    responses: bool | None = None,
+    bounds: Bounds | None = None,
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[Stack]:
+    """responses: Envoy sends them to picker, too; by default where picker wants them."""
+
     async with AsyncExitStack() as opened:
         scheduler = FakeScheduler()
         runtime = Runtime(
@@ -156,8 +171,9 @@ async def stack(
             clock=asyncio.get_running_loop().time,
             limits=limits,
         )
-        service = ExtProc(runtime, fallbacks=topology is Topology.OVERRIDE_HOST)
-        port, task = await serve(opened, service)
+        fallbacks = topology is Topology.OVERRIDE_HOST
+        service = ExtProc(runtime, mode=mode, predict=lambda _: 60.0, fallbacks=fallbacks, bounds=bounds)
+        port, task = await serve(opened, service, None if certificates is None else certificates.context)
         a, b = [await opened.enter_async_context(EchoUpstream(name).running()) for name in "ab"]
         dead = opened.enter_context(dead_port())
         config = bootstrap(
@@ -167,11 +183,27 @@ async def stack(
             topology=topology,
             filters=filters(a.address, b.address),
             failure_mode_allow=failure_mode_allow,
+            lean=mode is Mode.LEAN,
+            tls=certificates is not None,
         )
+        if responses and mode is Mode.LEAN:
+            _send_responses(config)
         envoy = await opened.enter_async_context(running_envoy(config))
         client = await opened.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)))
         scheduler.order = [a.address]
         yield Stack(scheduler, service, a, b, envoy, client, task, dead)
+
+
+def _send_responses(config: Json) -> None:
+    """Configure Envoy as for a picker that follows responses."""
+    full = bootstrap([], "127.0.0.1:1")
+    ours, theirs = (_filters(each)["envoy.filters.http.ext_proc"] for each in (config, full))
+    ours["processing_mode"] = theirs["processing_mode"]
+
+
+def _filters(config: Json) -> dict[str, Json]:
+    manager = config["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    return {each["name"]: each["typed_config"] for each in manager["http_filters"]}
 
 
 # --- the way there -----------------------------------------------------------------------------------------
@@ -400,6 +432,111 @@ async def test_an_endpoint_nobody_can_reach_is_answered_by_envoy_and_reported() 
     assert end == Finished(this.scheduler.requests[0].id, 503)
 
 
+# --- lean --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("responses", [False, True])
+@pytest.mark.parametrize("topology", Topology)
+async def test_lean_routes_and_the_access_log_tells_the_end(topology: Topology, responses: bool) -> None:
+    async with stack(mode=Mode.LEAN, topology=topology, responses=responses) as this:
+        for name, upstream in zip("abba", (this.a, this.b, this.b, this.a), strict=True):
+            this.scheduler.order = [upstream.address]
+            async with this.client.post(this.url("/v1/completions"), json=PROMPT) as response:
+                assert (response.status, response.headers["x-served-by"]) == (200, name)
+                assert (await response.json())["usage"]["prompt_tokens"] == 4
+        await until(lambda: len(this.scheduler.ends) == 4)
+        assert not this.service.open_streams
+    ids = [request.id for request in this.scheduler.requests]
+    assert sorted(this.scheduler.ends, key=lambda fact: fact.request_id) == [Finished(each, 200) for each in ids]
+    assert ResponseStarted(ids[1], 200, this.b.address) in this.scheduler.facts
+
+
+@pytest.mark.parametrize("responses", [False, True])
+async def test_lean_passes_responses_of_any_size_whole(responses: bool) -> None:
+    body = hashlib.shake_128(b"body").digest(300_000)
+
+    async def one(this: Stack) -> bool:
+        async with this.client.post(this.url("/echo"), data=body) as response:
+            return await response.read() == body
+
+    async with stack(mode=Mode.LEAN, responses=responses) as this:
+        assert all(await asyncio.gather(*(one(this) for _ in range(50))))
+        await until(lambda: len(this.scheduler.ends) == 50)
+
+
+async def test_lean_learns_which_endpoint_served_after_a_retry() -> None:
+    async with stack(mode=Mode.LEAN, dead_member=True) as this:
+        this.scheduler.order = [this.dead, this.b.address]
+        async with this.client.post(this.url("/v1/completions"), json=PROMPT) as response:
+            assert response.status == 200
+        end = await this.end()
+    assert end == Finished(this.scheduler.requests[0].id, 200)
+    assert ResponseStarted(this.scheduler.requests[0].id, 200, this.b.address) in this.scheduler.facts
+
+
+async def test_lean_learns_of_a_client_that_leaves() -> None:
+    async with stack(mode=Mode.LEAN) as this:
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(this.client.post(this.url("/hang"), data=b"x"))
+            await this.a.arrived.wait()
+            asking.cancel()
+        assert await this.end() == Failed(this.scheduler.requests[0].id, FailureReason.CLIENT_GONE)
+
+
+async def test_lean_learns_of_an_endpoint_nobody_can_reach() -> None:
+    async with stack(mode=Mode.LEAN, topology=Topology.ORIGINAL_DST) as this:
+        this.scheduler.order = [this.dead]
+        async with this.client.post(this.url("/v1/completions"), json=PROMPT) as response:
+            assert response.status == 503
+        assert await this.end() == Failed(this.scheduler.requests[0].id, FailureReason.CONNECT)
+
+
+async def test_lean_marks_are_not_taken_from_clients() -> None:
+    async with stack(mode=Mode.LEAN) as this:
+        forged = {"x-picker-request-id": "1-0123456789abcdef"}
+        async with this.client.post(this.url("/v1/completions"), json=PROMPT, headers=forged) as response:
+            assert response.status == 200
+        assert await this.end() == Finished(this.scheduler.requests[0].id, 200)
+    assert this.a.seen[0].headers["x-picker-request-id"] not in ("", *forged.values())
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------
+
+
+async def test_envoy_reaches_picker_over_tls_with_a_certificate_of_its_own_making() -> None:
+    pytest.importorskip("cryptography")
+    async with stack(certificates=Certificates(None)) as this:
+        body = hashlib.shake_128(b"body").digest(500_000)
+        async with this.client.post(this.url("/echo"), data=body) as response:
+            assert response.status == 200
+            assert await response.read() == body
+
+
+# --- bounded time ------------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_stalls_is_answered_408_by_picker() -> None:
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with stack(bounds=Bounds(request=0.2)) as this:
+        async with this.client.post(this.url("/v1/completions"), data=stalling()) as response:
+            assert response.status == 408
+            assert "error" in await response.json()
+        await until(lambda: not this.service.open_streams)
+
+
+async def test_a_decision_that_never_comes_is_answered_503_by_picker() -> None:
+    async with stack(bounds=Bounds(decision=0.2), failure_mode_allow=True) as this:
+        this.scheduler.answer = lambda request: Queued(request.id)
+        async with this.client.post(this.url("/v1/completions"), json=PROMPT) as response:
+            assert response.status == 503
+            assert "error" in await response.json()
+        assert await this.end() == Failed(this.scheduler.requests[0].id, FailureReason.CLIENT_GONE)
+    assert this.a.seen == this.b.seen == []
+
+
 # --- without picker ----------------------------------------------------------------------------------------
 
 
@@ -416,13 +553,55 @@ async def test_without_picker_an_open_gateway_serves_its_own_pool_and_nobody_els
     async with stack(failure_mode_allow=True) as this, EchoUpstream("c").running() as outsider:
         this.picker.cancel()
         await asyncio.wait([this.picker])
-        while "cluster.ext-proc.membership_healthy: 0" not in await this.envoy.admin("/stats"):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await unhealthy(this)
         forged = {"x-gateway-destination-endpoint": outsider.address}
         async with this.client.post(this.url("/v1/completions"), json=PROMPT, headers=forged) as response:
             assert response.status == 200
             assert response.headers["x-served-by"] in "ab"
     assert outsider.seen == []
+
+
+@pytest.mark.parametrize("open_", [False, True])
+async def test_without_picker_nobody_is_sent_where_a_client_says(open_: bool) -> None:
+    async with (
+        stack(failure_mode_allow=open_, topology=Topology.ORIGINAL_DST) as this,
+        EchoUpstream("c").running() as outsider,
+    ):
+        this.picker.cancel()
+        await asyncio.wait([this.picker])
+        await unhealthy(this)
+        forged = {"x-gateway-destination-endpoint": outsider.address}
+        async with this.client.post(this.url("/v1/completions"), json=PROMPT, headers=forged) as response:
+            assert response.status == 503
+    assert outsider.seen == this.a.seen == this.b.seen == []
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("open_", [False, True])
+async def test_a_picker_that_goes_amid_a_body_fails_that_request_and_sends_it_nowhere(open_: bool, mode: Mode) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'{"model": "m", '
+        begun.set()
+        await go_on.wait()
+        yield b'"prompt": "x"}'
+
+    async with stack(failure_mode_allow=open_, mode=mode) as this, asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(this.client.post(this.url("/v1/completions"), data=slow()))
+        await begun.wait()
+        await until(lambda: this.service.open_streams == 1)
+        this.picker.cancel()
+        await asyncio.wait([this.picker])
+        go_on.set()
+        assert (await asking).status >= 500
+    assert this.a.seen == this.b.seen == []
+
+
+async def unhealthy(this: Stack) -> None:
+    """Wait until Envoy has noticed that picker is gone."""
+    while "cluster.ext-proc.membership_healthy: 0" not in await this.envoy.admin("/stats"):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 # --- the process -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from picker.frontends.serving import listen, port_of
 from picker.prefix.blocks import BlockHasher
 from picker.runtime import Runtime
 from picker.telemetry import Telemetry
-from picker.types import Decision, Endpoint, Fact, Queued, Rejection, RejectReason, Request
+from picker.types import Decision, Endpoint, Fact, Queued, Reading, Rejection, RejectReason, Request
 
 F = TypeVar("F")
 Script = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
@@ -96,9 +96,10 @@ class FirstChoice:
         self.requests: list[Request] = []
         self.facts: list[Fact] = []
         self.busy = False  # queue instead of picking
+        self.notices: list[str] = []
         self._told = asyncio.Event()
 
-    def submit(self, request: Request, now: float) -> Decision | Rejection | Queued:
+    def submit(self, request: Request, now: float, reading: Reading | None = None) -> Decision | Rejection | Queued:
         self.requests.append(request)
         self._told.set()
         return Queued(request.id) if self.busy else self.fallback(request)

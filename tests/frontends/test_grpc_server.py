@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -11,6 +12,11 @@ import pytest
 
 from picker.frontends.grpc_server import Call, Code, GrpcServer
 from picker.frontends.serving import listen, port_of
+from picker.wire.http2 import PREFACE
+
+# A frame of headers that opens a call of "/t/hang" (RFC 7541: literals of the static table's names).
+_BLOCK = b"\x83\x86\x44\x07/t/hang"
+_HANG = bytes((0, 0, len(_BLOCK), 1, 4, 0, 0, 0, 1)) + _BLOCK
 
 
 class Rig:
@@ -57,12 +63,13 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
+async def rig(keepalive: float = 20.0) -> AsyncIterator[Rig]:
     this = Rig()
     listener = listen("127.0.0.1", 0)
     this.port = port_of(listener)
     async with asyncio.TaskGroup() as tasks:
-        this.server = GrpcServer(this.handlers(), tasks, max_message_bytes=10_000_000)  # type: ignore[arg-type]
+        handlers: Any = this.handlers()
+        this.server = GrpcServer(handlers, tasks, max_message_bytes=10_000_000, keepalive=keepalive)
         await this.server.serve(listener)
         options = [
             ("grpc.max_receive_message_length", -1),
@@ -179,6 +186,33 @@ async def test_stopping_cancels_what_outlives_the_grace() -> None:
         await this.server.stop(0.01)
         assert this.ended == ["cancelled"]
         assert await call.code() is not grpc.StatusCode.OK
+
+
+async def test_a_peer_that_says_nothing_any_more_is_given_up_with_its_calls() -> None:
+    async with rig(keepalive=0.02) as this:
+        reader, writer = await asyncio.open_connection("127.0.0.1", this.port)
+        writer.write(PREFACE + _HANG)
+        await this.begun.wait()
+        assert await reader.read()  # our settings, and what we ask before we go
+        while not this.ended:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        writer.close()
+
+
+async def test_a_peer_that_never_speaks_is_given_up() -> None:
+    async with rig(keepalive=0.02) as this:
+        reader, writer = await asyncio.open_connection("127.0.0.1", this.port)
+        assert await reader.read()
+        writer.close()
+
+
+async def test_a_peer_that_answers_pings_is_kept() -> None:
+    async with rig(keepalive=0.1) as this:
+        call = this.call("hang")
+        await this.begun.wait()
+        await asyncio.sleep(0.35)
+        this.go_on.set()
+        assert await call.read() == b"done"
 
 
 async def test_a_peer_that_speaks_something_else_is_cut_off() -> None:

@@ -121,7 +121,7 @@ def test_header_bytes_that_are_not_text_are_kept() -> None:
 
 
 @given(data=st.binary(max_size=200), end=st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_body_chunks_of_both_directions_are_read(data: bytes, end: bool) -> None:
     body = v3.HttpBody(body=data, end_of_stream=end)
     assert decode(v3.ProcessingRequest(request_body=body)) == exchange.RequestBody(data, end)
@@ -160,7 +160,9 @@ def test_response_headers_without_metadata_name_nobody() -> None:
     [
         (["10.0.0.1:8000", "10.0.0.2"], {"10.0.0.1:8000", "10.0.0.2"}),
         ("10.0.0.1:8000, 10.0.0.2", {"10.0.0.1:8000", "10.0.0.2"}),
-        (["[fd00::1]:8000", "[fd00::2]"], {"[fd00::1]:8000", "[fd00::2]"}),
+        (["[fd00::1]:8000", "[fd00::2]"], {"[fd00::1]:8000", "fd00::2"}),
+        ("[FD00:0::1]:8000,fd00:0:0::2", {"[fd00::1]:8000", "fd00::2"}),
+        (["a:b:c", "pod-7:8000", 7], {"a:b:c", "pod-7:8000"}),
         ([], set()),
         ("", set()),
     ],
@@ -214,6 +216,27 @@ def test_response_headers_without_a_status_break_the_protocol() -> None:
         decode(v3.ProcessingRequest(response_headers=headers(("server", "x"))))
 
 
+def test_a_stream_that_follows_requests_alone_takes_gateways_that_send_no_more() -> None:
+    for response_mode in (4, 0):
+        head = decode(modes(4, response_mode), Codec(mark="7-secret"))
+        assert isinstance(head, exchange.RequestHead)
+        assert not head.followed
+    with pytest.raises(WireError, match="FULL_DUPLEX_STREAMED"):
+        decode(modes(2, 0), Codec(mark="7-secret"))
+    with pytest.raises(WireError, match="--mode lean"):
+        decode(modes(4, 0))
+
+
+def test_attributes_name_who_served_where_metadata_does_not() -> None:
+    message = v3.ProcessingRequest(
+        response_headers=headers((":status", "200")),
+        attributes={"envoy.filters.http.ext_proc": Struct.from_dict({"upstream.address": "10.0.0.3:8000"})},
+    )
+    event = decode(message)
+    assert isinstance(event, exchange.ResponseHead)
+    assert event.served_by == "10.0.0.3:8000"
+
+
 # --- encoding ----------------------------------------------------------------------------------------------
 
 
@@ -233,6 +256,24 @@ def test_forward_lists_fallbacks_in_order() -> None:
 def test_forward_names_only_the_best_where_the_data_plane_takes_one_address() -> None:
     action = exchange.Forward(Decision(1, BEST, (SECOND,)), b"x")
     assert encode(action, Codec(fallbacks=False))[0] == verdict("10.0.0.1:8000", ("content-length", "1"))
+
+
+def test_forward_names_an_address_once() -> None:
+    ranks = [Endpoint(f"a#{rank}", BEST.address, rank=rank) for rank in range(2)]
+    action = exchange.Forward(Decision(1, ranks[0], (ranks[1], SECOND)), b"x")
+    assert encode(action)[0] == verdict("10.0.0.1:8000,[fd00::2]:8000", ("content-length", "1"))
+
+
+def test_forward_carries_the_mark_for_the_access_log() -> None:
+    action = exchange.Forward(Decision(1, BEST), b"x")
+    marked = verdict("10.0.0.1:8000", ("x-picker-request-id", "7-secret"), ("content-length", "1"))
+    assert encode(action, Codec(mark="7-secret"))[0] == marked
+
+
+@pytest.mark.parametrize("old", ["x-gateway-inference-objective", "x-gateway-inference-fairness-id", "x-slo-ttft-ms"])
+def test_words_to_the_picker_are_removed_by_their_old_and_new_names(old: str) -> None:
+    new = "x-llm-d-" + old.removeprefix("x-gateway-").removeprefix("x-")
+    assert {old, new, "x-picker-request-id", "x-picker-endpoint"} <= set(CONTROL_HEADERS)
 
 
 def test_forward_sets_the_headers_of_the_exchange() -> None:
@@ -307,7 +348,7 @@ sizes = st.one_of(
 
 
 @given(size=sizes)
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 def test_bodies_are_cut_into_legal_chunks_that_end_once(size: int) -> None:
     body = bytes(range(256)) * (size // 256 + 1)
     body = body[:size]

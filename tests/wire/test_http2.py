@@ -218,6 +218,38 @@ def test_pings_are_answered(client: Client) -> None:
     assert client.pings == 1
 
 
+def test_a_peer_that_is_asked_to_part_may_still_begin_calls(client: Client) -> None:
+    before = client.open()
+    client.meet()
+    client.server.part()
+    # The word has not arrived yet.
+    client.open()
+    crossing = client.h2.data_to_send()
+    assert Opened(before + 2, PATH) in client.server.receive(crossing)
+    client.meet()
+    assert client.server.open_streams == 2
+
+
+def test_a_ping_is_answered_by_bytes(client: Client) -> None:
+    client.server.ping()
+    sent = client.server.take()
+    events = client.h2.receive_data(sent)
+    assert [type(event).__name__ for event in events] == ["PingReceived"]
+    assert client.h2.data_to_send()
+
+
+def test_a_failure_does_not_wait_for_a_peer_that_takes_nothing() -> None:
+    client = Client(Connection(), window=10)
+    client.meet()
+    call = client.open()
+    client.meet()
+    assert not client.server.send(call, b"x" * 1000)
+    client.server.end(call, 4, "too late")
+    client.meet()
+    assert client.headers[call][-1] == {"grpc-status": "4", "grpc-message": "too late"}
+    assert client.server.open_streams == 0
+
+
 # --- windows -----------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """picker behind a real Envoy: what ext-proc costs in CPU time and adds in latency, against the same Envoy without it.
 
 One Envoy with one worker and two listeners, with and without picker, in front of the same upstream; every repeat
-measures both in turn. Mode `full` is both directions over ext-proc, as the endpoint-picker protocol has it.
+measures both in turn. Mode `full` is both directions over ext-proc, as the endpoint-picker protocol has it; `lean` is
+the request alone, and Envoy's access log instead of the response.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from picker.bench.figures import added, row_figures
 from picker.bench.placement import pinned, placement
 from picker.bench.upstream import Upstream
 from picker.children import supervised
+from picker.config import EPP_MODES
 
-MODES = ("full",)
 COLUMNS = (
     *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
     *("added_p50_ms", "added_p99_ms", "latency_requests", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
@@ -46,6 +47,7 @@ class _Gateway:
 
 async def rows(
     *,
+    modes: Sequence[str] = EPP_MODES,
     prompt_bytes: Sequence[int] = PROMPT_BYTES,
     chunks: Sequence[int] = CHUNKS,
     seconds: float = 0.7,
@@ -59,8 +61,8 @@ async def rows(
     """
     envoy.find_envoy()
     found = []
-    for mode in MODES:
-        async with _running(next(cases(prompt_bytes, chunks))) as gateway:
+    for mode in modes:
+        async with _running(mode, next(cases(prompt_bytes, chunks))) as gateway:
             for case in cases(prompt_bytes, chunks):
                 figures = []
                 for number in range(repeats):
@@ -92,7 +94,7 @@ async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, fl
 
 
 @asynccontextmanager
-async def _running(first: Case) -> AsyncIterator[_Gateway]:
+async def _running(mode: str, first: Case) -> AsyncIterator[_Gateway]:
     """Upstream, picker and Envoy, once `first` has been answered both ways."""
     places = placement()
     async with AsyncExitStack() as stack:
@@ -100,9 +102,9 @@ async def _running(first: Case) -> AsyncIterator[_Gateway]:
         upstream = await stack.enter_async_context(Upstream().running(ENDPOINTS))
         children = await stack.enter_async_context(supervised())
         with pinned(places.subject):
-            picker = await children.start_picker("picker", *_EPP, *upstream.endpoint_flags())
+            picker = await children.start_picker("picker", *_EPP, "--mode", mode, *upstream.endpoint_flags())
         (port,) = await children.announced(picker, _EXT_PROC, timeout=_READY_TIMEOUT)
-        config = envoy.bootstrap(upstream.addresses, f"127.0.0.1:{port}", plain="127.0.0.1:0")
+        config = envoy.bootstrap(upstream.addresses, f"127.0.0.1:{port}", plain="127.0.0.1:0", lean=mode == "lean")
         with pinned(places.gateway):
             running = await stack.enter_async_context(envoy.running_envoy(config))
         behind, plain = (running.ports[envoy.GATEWAY],), (running.ports[envoy.PLAIN],)

@@ -14,6 +14,7 @@ from rich.table import Table
 from picker.bench import machine
 from picker.bench.cases import CHUNKS, PROMPT_BYTES
 from picker.commands.options import run
+from picker.config import EPP_MODES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +86,15 @@ def _gateway_options(command: F) -> F:
 
 
 @command.command()
+@click.option(
+    "--mode",
+    "modes",
+    multiple=True,
+    type=click.Choice(EPP_MODES),
+    default=EPP_MODES,
+    show_default=True,
+    help="What goes through picker: responses, too, or requests alone; repeat for several.",
+)
 @_gateway_options
 def extproc(as_json: bool, **settings: Any) -> None:
     """picker behind a real Envoy, against the same Envoy without it.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from picker.app import App, Serve, stopping_on_signals
-from picker.commands.options import routing_config, routing_options, run
-from picker.config import Config
-from picker.errors import ConfigError
+from picker.commands.options import Size, routing_config, routing_options, run
+from picker.config import EPP_MODES, Config
 from picker.frontends.admin import Admin
-from picker.frontends.extproc import ExtProc
+from picker.frontends.als import predicted_seconds
+from picker.frontends.certificates import Certificates
+from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.frontends.serving import listen, port_of
+
+# Seconds that a decision may take beside waiting in the queue, whose own limit answers first.
+_BEYOND_THE_QUEUE = 5.0
 
 
 @click.command()
@@ -25,32 +29,47 @@ from picker.frontends.serving import listen, port_of
 @click.option("--grpc-health-port", type=int, metavar="N", help="gRPC health.  [default: 9003]")
 @click.option("--metrics-host", metavar="ADDR", help="Address of metrics, health and debug routes.  [127.0.0.1]")
 @click.option("--metrics-port", type=int, metavar="N", help="Their port.  [default: 9090]")
-@click.option("--secure-serving", type=bool, default=None, metavar="BOOL", help="TLS; needs --cert-path.  [false]")
+@click.option(
+    "--mode",
+    type=click.Choice(EPP_MODES),
+    help="full: responses pass through; lean: only requests do, Envoy's access log tells the rest.  [full]",
+)
+@click.option("--secure-serving", type=bool, default=None, metavar="BOOL", help="TLS.  [true]")
+@click.option("--cert-path", metavar="DIR", help="Folder with tls.crt and tls.key, followed as they change.")
+@click.option("--client-ca-path", metavar="FILE", help="Serve only clients with a certificate of these (PEM).")
 @click.option(
     "--fallbacks", type=bool, metavar="BOOL", help="Name endpoints to retry on; false for ORIGINAL_DST.  [true]"
 )
-@click.option("--cert-path", metavar="DIR", help="Folder with tls.crt and tls.key.")
+@click.option("--grpc-max-recv-msg-size", type=Size(), metavar="SIZE", help="Of one gRPC message.  [64MiB]")
+@click.option("--drain-delay", type=float, metavar="S", help="Serve on after SIGTERM until gateways know.  [5]")
 def command(
     host: str | None,
     grpc_port: int | None,
     grpc_health_port: int | None,
     metrics_host: str | None,
     metrics_port: int | None,
+    mode: str | None,
     secure_serving: bool | None,
-    fallbacks: bool | None,
     cert_path: str | None,
+    client_ca_path: str | None,
+    fallbacks: bool | None,
+    grpc_max_recv_msg_size: int | None,
+    drain_delay: float | None,
     **routing: Any,
 ) -> None:
     """Envoy ext-proc service: the endpoint picker behind a Gateway API Inference Extension gateway or a bare Envoy."""
-    if secure_serving and not cert_path:
-        raise click.UsageError("--secure-serving true needs --cert-path DIR with tls.crt and tls.key")
     config = routing_config(
         {
             "epp.host": host,
             "epp.grpc_port": grpc_port,
             "epp.grpc_health_port": grpc_health_port,
+            "epp.mode": mode,
+            "epp.secure_serving": secure_serving,
+            "epp.cert_path": cert_path,
+            "epp.client_ca_path": client_ca_path,
             "epp.fallbacks": fallbacks,
-            "epp.cert_path": None if secure_serving is False else cert_path,
+            "epp.max_message_bytes": grpc_max_recv_msg_size,
+            "epp.drain_delay_s": drain_delay,
             "admin.host": metrics_host,
             "admin.port": metrics_port,
         },
@@ -61,45 +80,74 @@ def command(
 
 async def serve(config: Config) -> None:
     app = App(config)
-    epp = ExtProc(app.runtime, fallbacks=config.epp.fallbacks)
+    epp, certificates = build(app), _certificates(config)
+    stop, leaving = asyncio.Event(), asyncio.Event()
 
     async def ext_proc(stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(_shut_down_on(stop, epp))
+            leave = group.create_task(_leave_on(leaving, stop, epp, config.epp.drain_delay_s))
+            follow = group.create_task(_follow(certificates))
             await epp.serve(
                 config.epp.host,
                 config.epp.grpc_port,
                 health_port=config.epp.grpc_health_port,
-                tls=_tls(config.epp.cert_path),
+                tls=None if certificates is None else certificates.context,
                 grace=config.drain_timeout_s,
-                ready=lambda port, health: click.echo(
-                    f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True
-                ),
+                ready=partial(_announce, config),
             )
+            leave.cancel()
+            follow.cancel()
 
     frontends: list[Serve] = [ext_proc]
     if config.admin.port is not None:
         admin, socket = Admin(app.runtime, token=config.admin.token), listen(config.admin.host, config.admin.port)
         frontends.append(lambda stop: admin.serve(socket, stop))
         click.echo(f"metrics, health and debug on http://{config.admin.host}:{port_of(socket)}", err=True)
-    stop = asyncio.Event()
-    with stopping_on_signals(stop):
+    with stopping_on_signals(leaving):
         await app.run(frontends, stop)
 
 
-async def _shut_down_on(stop: asyncio.Event, epp: ExtProc) -> None:
-    await stop.wait()
+def build(app: App) -> ExtProc:
+    """The ext-proc service that the app's configuration describes."""
+    config = app.config
+    decision = config.queue.timeout_s + _BEYOND_THE_QUEUE
+    epp = ExtProc(
+        app.runtime,
+        mode=Mode(config.epp.mode),
+        predict=partial(predicted_seconds, app.runtime.scheduler),
+        fallbacks=config.epp.fallbacks,
+        bounds=Bounds(config.epp.request_timeout_s, decision, config.epp.idle_timeout_s),
+        max_message_bytes=config.epp.max_message_bytes,
+    )
+    app.telemetry.gauge("picker_extproc_streams", "Open ext-proc streams.", lambda: epp.open_streams)
+    if (feedback := epp.feedback) is not None:
+        unheard = "Requests routed in lean mode whose end nobody has told yet."
+        app.telemetry.gauge("picker_unheard_requests", unheard, lambda: len(feedback))
+    return epp
+
+
+def _announce(config: Config, port: int, health: int | None) -> None:
+    click.echo(f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True)
+
+
+async def _leave_on(leaving: asyncio.Event, stop: asyncio.Event, epp: ExtProc, delay: float) -> None:
+    """Told to go: nobody is refused before gateways have had time to notice."""
+    await leaving.wait()
+    await epp.part(delay)
+    stop.set()
     epp.shutdown()
 
 
-def _tls(folder: str | None) -> ssl.SSLContext | None:
-    """TLS from tls.crt and tls.key, the names of a Kubernetes TLS secret."""
-    if folder is None:
+def _certificates(config: Config) -> Certificates | None:
+    if not config.epp.secure_serving:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["h2"])
-    try:
-        context.load_cert_chain(Path(folder) / "tls.crt", Path(folder) / "tls.key")
-    except OSError as error:
-        raise ConfigError(f"--cert-path: cannot read tls.crt and tls.key in {folder}: {error.strerror}") from None
-    return context
+    return Certificates(_path(config.epp.cert_path), client_ca=_path(config.epp.client_ca_path))
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+async def _follow(certificates: Certificates | None) -> None:
+    if certificates is not None:
+        await certificates.follow()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from picker.config import POLICIES, Config, load_config, override
+from picker.config import EXACT_BY, POLICIES, Config, load_config, override
 from picker.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +44,10 @@ def routing_options(command: F) -> F:
         click.option("--endpoints-file", metavar="FILE", help="YAML list of endpoints, watched for changes."),
         click.option("--policy", type=click.Choice(POLICIES), help="How endpoints are chosen.  [default: picker]"),
         click.option("--index-budget", type=Size(), metavar="SIZE", help="Memory for prefix knowledge.  [512MiB]"),
+        click.option("--tokenizer", metavar="DIR", help="The model's tokenizer: exact prefix knowledge by KV events."),
+        click.option("--exact-by", type=click.Choice(EXACT_BY), help="How prompts are matched with them.  [auto]"),
+        click.option("--kv-events", metavar="URL", help="Where engines publish, if not told: tcp://{host}:5557."),
+        click.option("--kv-replay", metavar="URL", help="Where they replay events, likewise."),
         click.option("--scrape-interval", type=float, metavar="S", help="Seconds between metric scrapes.  [1]"),
         click.option("--max-inflight", type=int, metavar="N", help="Requests per endpoint before others queue here."),
         click.option("--seed", type=int, help="Make random choices repeatable."),
@@ -63,6 +67,10 @@ def routing_config(
     policy: str | None,
     index_budget: int | None,
     scrape_interval: float | None,
+    tokenizer: str | None,
+    exact_by: str | None,
+    kv_events: str | None,
+    kv_replay: str | None,
     max_inflight: int | None,
     seed: int | None,
     log_level: str,
@@ -76,6 +84,10 @@ def routing_config(
             "endpoints_file": endpoints_file,
             "policy": policy,
             "index.budget_bytes": index_budget,
+            "exact.tokenizer": tokenizer,
+            "exact.by": exact_by,
+            "exact.events": kv_events,
+            "exact.replay": kv_replay,
             "scrape.interval_s": scrape_interval,
             "queue.max_inflight": max_inflight,
             "seed": seed,

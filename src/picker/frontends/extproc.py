@@ -1,24 +1,29 @@
 """The ext-proc service: one gRPC stream from Envoy is one `Exchange`.
 
-Owns the streams and the health service. Every stream that was opened is closed in the runtime exactly once, whoever
-ends it; what a message means is `wire.extproc`'s business, what to do about it the `Exchange`'s.
+Owns the streams and how long they may take. Every stream that was opened is closed in the runtime exactly once, whoever
+ends it, or handed to `Feedback` in lean mode; what a message means is `wire.extproc`'s business, what to do about it
+the `Exchange`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
 import logging
+import math
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from grpc_health.v1 import health_pb2
 
 from picker.errors import WireError
 from picker.exchange import (
     Action,
     Event,
     Exchange,
+    Forward,
     PassBody,
     PassHead,
     Phase,
@@ -28,7 +33,9 @@ from picker.exchange import (
     ResponseBody,
     ResponseHead,
 )
-from picker.frontends.grpc_server import Call, Code, GrpcServer
+from picker.frontends.als import Feedback, Predict
+from picker.frontends.grpc_server import Call, Code, GrpcServer, Handler
+from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
 from picker.runtime import Runtime
 from picker.types import FailureReason
@@ -37,30 +44,67 @@ from picker.wire.extproc import SERVICE, Codec, ProcessingRequest
 
 log = logging.getLogger("picker.extproc")
 
-LIVENESS = "liveness"
-# The names that gateways and Kubernetes probes of llm-d's endpoint picker ask for.
-READINESS = ("", "readiness", SERVICE)
-
 _BEFORE_UPSTREAM = frozenset({Phase.HEAD, Phase.BODY, Phase.DECIDING})
+_LATE = {
+    Phase.HEAD: (408, "The request did not arrive in time."),
+    Phase.BODY: (408, "The request did not arrive in time."),
+    Phase.DECIDING: (503, "The gateway could not decide in time."),
+}
+# Seconds that a stream has to take our last word on it.
+_PARTING = 5.0
+_SWEEP = 1.0
+
+
+class Mode(enum.Enum):
+    """What passes through here; the value is the flag's word.
+
+    FULL: requests and responses, as the endpoint-picker protocol has it. LEAN: requests alone; how they end is told by
+    the data plane's access log, or predicted, so that a response costs nothing here however long it is.
+    """
+
+    FULL = "full"
+    LEAN = "lean"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Seconds that each step of a stream may take; in full-duplex mode the data plane itself bounds none of them.
+
+    request: from the stream's beginning to the end of the request's body. decision: beyond the queue's own limit.
+    silence: without a message while an endpoint works.
+    """
+
+    request: float = 300.0
+    decision: float = 65.0
+    silence: float = 600.0
 
 
 class _Stream:
     """One call of Envoy's.
 
-    heard_at: of the latest message. queued: its request waits for a decision. overtaken: the decision is not wanted
-    any more. idle: given up by us.
+    until: when we give it up. queued: its request waits for a decision. overtaken: the decision is not wanted any more.
+    passing: the data plane's own answer goes back. idle: given up by us. alias: the request's `x-request-id`.
+    handed_on: `Feedback` answers for its end.
     """
 
-    __slots__ = ("call", "codec", "exchange", "heard_at", "idle", "overtaken", "queued")
+    __slots__ = ("alias", "call", "codec", "exchange", "handed_on", "idle", "overtaken", "passing", "queued", "until")
 
-    def __init__(self, call: Call, exchange: Exchange, codec: Codec, now: float) -> None:
+    def __init__(self, call: Call, exchange: Exchange, codec: Codec, until: float) -> None:
         self.call = call
         self.exchange = exchange
         self.codec = codec
-        self.heard_at = now
+        self.until = until
+        self.alias = ""
+        self.handed_on = False
         self.idle = False
         self.queued = False
         self.overtaken = False
+        self.passing = False
+
+    @property
+    def answerable(self) -> bool:
+        """The client can still be given an answer of ours."""
+        return not self.passing and self.exchange.phase not in (Phase.RESPONSE, Phase.DONE)
 
     async def send(self, action: Action) -> None:
         for reply in self.codec.encode(action):
@@ -80,14 +124,17 @@ class _Stream:
 
 
 def _is_response(message: bytes | None) -> bool:
-    return message is not None and bool(ProcessingRequest.FromString(message).HasField("response_headers"))
+    try:
+        return message is not None and bool(_parsed(message).HasField("response_headers"))
+    except WireError:
+        return False  # said when it is read
 
 
 class ExtProc:
     """Serves Envoy until `shutdown`; one object, one port, one `serve`.
 
-    fallbacks: name further endpoints for Envoy's retries (needs the override_host policy there), else only the best.
-    stream_timeout: seconds without a message after which a stream is given up. max_message_bytes: of one gRPC message;
+    mode: see `Mode`. predict: seconds that a request takes, for lean mode. fallbacks: name further endpoints for
+    Envoy's retries (needs the override_host policy there), else only the best. max_message_bytes: of one gRPC message;
     bodies come in many.
     """
 
@@ -95,18 +142,22 @@ class ExtProc:
         self,
         runtime: Runtime,
         *,
+        mode: Mode = Mode.FULL,
+        predict: Predict = lambda decision: 0.0,
         fallbacks: bool = True,
-        stream_timeout: float = 600.0,
+        bounds: Bounds | None = None,
         max_message_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         self._runtime = runtime
         self._fallbacks = fallbacks
-        self._stream_timeout = stream_timeout
+        self._bounds = bounds or Bounds()
         self._max_message_bytes = max_message_bytes
         self._streams: set[_Stream] = set()
-        self._serving = False
+        self._health = Health()
         self._stop = asyncio.Event()
         self._stopping = False
+        self._server: GrpcServer | None = None
+        self.feedback = Feedback(runtime, predict) if mode is Mode.LEAN else None
 
     @property
     def open_streams(self) -> int:
@@ -119,40 +170,59 @@ class ExtProc:
         *,
         health_port: int | None = None,
         tls: ssl.SSLContext | None = None,
-        drain: float = 0.0,
         grace: float = 30.0,
         ready: Callable[[int, int | None], None] = lambda port, health_port: None,
     ) -> None:
         """Serve until `shutdown`, gracefully, or until cancelled, at once; raises ConfigError for a port in use.
 
         port, health_port: 0 takes a free one; `ready` is called with those that are bound. health_port is for the
-        health service alone, to the very end. drain: seconds for which streams are still taken after readiness is
-        off, so that gateways notice. grace: seconds that open streams then have to end.
+        health service alone, in clear text, to the very end. grace: seconds that open streams have to end.
         """
-        check = {"/grpc.health.v1.Health/Check": self._check}
-        process = {f"/{SERVICE}/Process": self._process}
         listener = listen(host, port)
         probes_listener = None if health_port is None else listen(host, health_port)
         async with asyncio.TaskGroup() as tasks:
-            server = GrpcServer(check | process, tasks, max_message_bytes=self._max_message_bytes)
-            probes = GrpcServer(check, tasks)
-            sweeper = tasks.create_task(self._sweep_forever())
-            try:
-                if probes_listener is not None:
-                    await probes.serve(probes_listener)
-                await server.serve(listener, tls=tls)
-                self.set_serving(True)
-                ready(port_of(listener), None if probes_listener is None else port_of(probes_listener))
-                await self._stop.wait()
-                self.set_serving(False)
-                await asyncio.sleep(drain)
-                self._stopping = True
-                await server.stop(grace)
-            finally:
-                self._stopping = True
-                await server.stop(None)
-                await probes.stop(None)
-                sweeper.cancel()
+            server = GrpcServer(self._handlers(), tasks, max_message_bytes=self._max_message_bytes)
+            self._server = server
+            probes = GrpcServer(self._health.handlers, tasks)
+            async with self._sweeping(tasks), _closing(server, probes):
+                try:
+                    if probes_listener is not None:
+                        await probes.serve(probes_listener)
+                    await server.serve(listener, tls=tls)
+                    self.set_serving(True)
+                    ready(port_of(listener), None if probes_listener is None else port_of(probes_listener))
+                    await self._stop.wait()
+                    await self._leave(server, grace)
+                finally:
+                    self._stopping = True
+
+    def _handlers(self) -> dict[str, Handler]:
+        handlers = {f"/{SERVICE}/Process": self._process, **self._health.handlers}
+        return handlers if self.feedback is None else {**handlers, **self.feedback.handlers}
+
+    async def _leave(self, server: GrpcServer, grace: float) -> None:
+        """Take nothing new and let open streams end."""
+        self.set_serving(False)
+        self._stopping = True
+        server.refuse()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + grace
+        # Only our own streams: watchers of our health and access logs stay as long as we do.
+        if grace and (running := {stream.call.task for stream in self._streams if stream.call.task is not None}):
+            await asyncio.wait(running, timeout=grace)
+        if self.feedback is not None:
+            await self.feedback.drained(until - loop.time())
+
+    async def part(self, delay: float) -> None:
+        """Turn readiness off and serve on for `delay` seconds, so that gateways go elsewhere without losing a request.
+
+        Peers that hold a connection are asked to open another, which a service's address may give to somebody else.
+        Nobody is waited for where nobody is connected.
+        """
+        self.set_serving(False)
+        if self._server is not None and self._server.connections:
+            self._server.part()
+            await asyncio.sleep(delay)
 
     def shutdown(self) -> None:
         """Let `serve` drain and return."""
@@ -160,22 +230,12 @@ class ExtProc:
 
     def set_serving(self, serving: bool) -> None:
         """Turn readiness on or off; liveness holds as long as the loop turns."""
-        self._serving = serving
-
-    async def _check(self, call: Call) -> None:
-        asked = health_pb2.HealthCheckRequest.FromString(await call.read() or b"").service
-        if asked != LIVENESS and asked not in READINESS:
-            call.end(Code.NOT_FOUND, "unknown service")
-            return
-        status = health_pb2.HealthCheckResponse
-        serving = asked == LIVENESS or self._serving
-        answer = status(status=status.SERVING if serving else status.NOT_SERVING)
-        await call.write(answer.SerializeToString())
+        self._health.set_serving(serving)
 
     # one stream
 
     async def _process(self, call: Call) -> None:
-        stream = _Stream(call, self._runtime.open(), Codec(fallbacks=self._fallbacks), self._runtime.clock())
+        stream = self._opened(call)
         self._streams.add(stream)
         try:
             await self._converse(stream)
@@ -184,9 +244,9 @@ class ExtProc:
             log.warning("the data plane broke the ext-proc protocol: %s", error.message)
             call.end(Code.INVALID_ARGUMENT, error.message)
         except asyncio.CancelledError:
-            if not stream.idle:
+            if not stream.idle or stream.uncancel():
                 raise
-            call.end(Code.DEADLINE_EXCEEDED, f"no message for {self._stream_timeout:g} s")
+            await self._give_up(stream)
         except Exception:
             # Supervision: a bug of ours ends one request, and says so.
             self._runtime.telemetry.internal_error("extproc")
@@ -194,23 +254,46 @@ class ExtProc:
             await self._apologise(stream)
         finally:
             self._streams.discard(stream)
-            self._runtime.close(stream.exchange, self._reason(stream))
+            if not stream.handed_on:
+                self._runtime.close(stream.exchange, self._reason(stream))
+
+    def _opened(self, call: Call) -> _Stream:
+        exchange = self._runtime.open()
+        mark = None if self.feedback is None else self.feedback.mark(exchange.id)
+        codec = Codec(fallbacks=self._fallbacks, mark=mark)
+        return _Stream(call, exchange, codec, self._runtime.clock() + self._bounds.request)
 
     async def _converse(self, stream: _Stream) -> None:
         """Answer every message until the exchange is over or the data plane has no more to say."""
         exchange = stream.exchange
         # Ending the stream ourselves after the last byte spares a read, and Envoy a reset.
         while exchange.phase is not Phase.DONE and (message := await stream.call.read()) is not None:
-            stream.heard_at = self._runtime.clock()
             event = stream.codec.decode(_parsed(message))
             if isinstance(event, ResponseHead) and exchange.phase in _BEFORE_UPSTREAM:
                 return await self._pass_on(stream, event)
-            for action in await self._receive(stream, event):
+            actions = await self._receive(stream, event)
+            if exchange.phase not in _BEFORE_UPSTREAM:
+                stream.until = self._runtime.clock() + self._bounds.silence
+            for action in actions:
                 await stream.send(action)
+                if isinstance(action, Forward) and self.feedback is not None:
+                    return self._hand_on(stream, action, self.feedback)
+        if exchange.phase in _BEFORE_UPSTREAM:
+            # A clean end without a verdict lets a data plane that still wants one go on unscheduled.
+            stream.call.end(Code.CANCELLED, "the stream was half-closed before a verdict")
         return None
+
+    def _hand_on(self, stream: _Stream, forward: Forward, feedback: Feedback) -> None:
+        """The request has left and nothing of its response is wanted: the stream ends here, cleanly.
+
+        Only here: ended between the response's head and its end, a stream takes the bytes along that are under way.
+        """
+        feedback.expect(forward.decision, stream.alias, self._runtime.clock())
+        stream.handed_on = True
 
     async def _pass_on(self, stream: _Stream, head: ResponseHead) -> None:
         """Hand back the data plane's own answer (its timeout, its limit) to a request that is not decided yet."""
+        stream.passing, stream.until = True, self._runtime.clock() + self._bounds.silence
         await stream.send(PassHead((), head.end))
         ended = head.end
         while not ended and (message := await stream.call.read()) is not None:
@@ -221,8 +304,11 @@ class ExtProc:
 
     async def _receive(self, stream: _Stream, event: Event) -> list[Action]:
         """Feed the exchange; while its request is queued, listen for a data plane that does not want it any more."""
+        if isinstance(event, RequestHead) and self.feedback is not None:
+            stream.alias = event.headers.get("x-request-id", "")
         if not (isinstance(event, RequestHead | RequestBody) and event.end):
             return await self._runtime.receive(stream.exchange, event)
+        stream.until = self._runtime.clock() + self._bounds.decision
         # Runs only if the request has to wait: a decision made at once gives the loop no turn.
         looking = asyncio.get_running_loop().call_soon(stream.look)
         stream.call.on_arrival, stream.queued = stream.look, True
@@ -238,11 +324,23 @@ class ExtProc:
 
     async def _apologise(self, stream: _Stream) -> None:
         """Answer 500 while that is possible, else end the call with a status of failure."""
-        if stream.exchange.phase in (Phase.RESPONSE, Phase.DONE):
+        if not stream.answerable:
             stream.call.end(Code.INTERNAL, "picker failed; its log says why")
             return
-        body = openai.error_body(500, "The gateway failed to handle this request.")
-        await stream.send(Respond(500, (("content-type", "application/json"),), body))
+        await self._answer(stream, 500, "The gateway failed to handle this request.")
+
+    async def _give_up(self, stream: _Stream) -> None:
+        """Tell the client while that is possible: an error of ours would be for the data plane to interpret."""
+        answer = _LATE.get(stream.exchange.phase)
+        if answer is None or stream.passing:
+            stream.call.end(Code.DEADLINE_EXCEEDED, f"no message for {self._bounds.silence:g} s")
+            return
+        stream.until = self._runtime.clock() + _PARTING
+        await self._answer(stream, *answer)
+
+    async def _answer(self, stream: _Stream, status: int, message: str) -> None:
+        headers = (("content-type", "application/json"),)
+        await stream.send(Respond(status, headers, openai.error_body(status, message)))
 
     def _reason(self, stream: _Stream) -> FailureReason:
         """Why an exchange that is still open ends with its stream."""
@@ -251,19 +349,42 @@ class ExtProc:
         waiting = stream.exchange.phase in (Phase.UPSTREAM, Phase.RESPONSE)
         return FailureReason.TIMEOUT if stream.idle and waiting else FailureReason.CLIENT_GONE
 
-    # idle streams
+    # what takes too long
+
+    @contextlib.asynccontextmanager
+    async def _sweeping(self, tasks: asyncio.TaskGroup) -> AsyncIterator[None]:
+        sweeper = tasks.create_task(self._sweep_forever())
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            if self.feedback is not None:
+                self.feedback.close(FailureReason.SHUTDOWN)
 
     async def _sweep_forever(self) -> None:
+        bounds = self._bounds
+        every = min(_SWEEP, bounds.request / 8, bounds.decision / 8, bounds.silence / 8)
         while True:
-            await asyncio.sleep(self._stream_timeout / 8)
+            await asyncio.sleep(every)
             self._sweep(self._runtime.clock())
 
     def _sweep(self, now: float) -> None:
-        """Give up the streams that nobody has spoken on for too long."""
+        """Give up the streams whose time is over, and requests of which nobody will tell any more."""
         for stream in self._streams:
-            if now - stream.heard_at > self._stream_timeout and not stream.idle:
-                stream.idle = True
+            if now > stream.until:
+                stream.idle, stream.until = True, math.inf
                 stream.call.cancel()
+        if self.feedback is not None:
+            self.feedback.sweep(now)
+
+
+@contextlib.asynccontextmanager
+async def _closing(*servers: GrpcServer) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        for server in servers:
+            await server.stop(None)
 
 
 def _parsed(message: bytes) -> ProcessingRequest:

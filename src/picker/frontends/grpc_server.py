@@ -21,6 +21,10 @@ log = logging.getLogger("picker.grpc")
 
 # Seconds that a peer has to close its side of a connection that we have closed.
 _LINGER = 1.0
+# Seconds without a byte from a peer until it is asked for a sign of life, and again until it is given up; also how long
+# it may take to say that it speaks HTTP/2.
+_KEEPALIVE = 20.0
+_HANDSHAKE = 10.0  # seconds for TLS
 
 Handler = Callable[["Call"], Awaitable[None]]
 
@@ -29,6 +33,7 @@ class Code(enum.IntEnum):
     """gRPC's status codes, as far as a server of ours ends calls with them."""
 
     OK = 0
+    CANCELLED = 1
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
@@ -135,6 +140,8 @@ class _Protocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._flushing = False
         self._deaf = False
+        self._heard = True
+        self._asked = False
 
     # asyncio's side
 
@@ -162,6 +169,7 @@ class _Protocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        self._heard = True
         try:
             events = self._http2.receive(data)
         except Http2Error as error:
@@ -208,6 +216,23 @@ class _Protocol(asyncio.Protocol):
 
     # the server's side
 
+    def look(self) -> None:
+        """Called every `_KEEPALIVE` seconds: a peer that is gone without a word takes its calls along."""
+        if self._transport is None:
+            return
+        if self._asked and not (self._heard and self._http2.begun):
+            self._transport.abort()
+            return
+        self._asked = not self._heard or not self._http2.begun
+        self._heard = False
+        if self._asked and self._http2.begun:
+            self._http2.ping()
+            self._flush()
+
+    def part(self) -> None:
+        self._http2.part()
+        self._flush()
+
     def go_away(self) -> None:
         self._http2.go_away()
         self._flush()
@@ -245,13 +270,21 @@ class _Protocol(asyncio.Protocol):
 class GrpcServer:
     """Serves handlers by path ("/package.Service/Method"). tasks: own the calls; a failing handler does not fail them.
 
-    max_message_bytes: of one message; a call that sends a larger one is ended.
+    max_message_bytes: of one message; a call that sends a larger one is ended. keepalive: seconds of silence until a
+    peer is asked whether it lives, and again until its connection is closed.
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], tasks: asyncio.TaskGroup, *, max_message_bytes: int = 64 * 1024 * 1024
+        self,
+        handlers: Mapping[str, Handler],
+        tasks: asyncio.TaskGroup,
+        *,
+        max_message_bytes: int = 64 * 1024 * 1024,
+        keepalive: float = _KEEPALIVE,
     ) -> None:
         self.max_message_bytes = max_message_bytes
+        self._keepalive = keepalive
+        self._keeper: asyncio.Task[None] | None = None
         self.connections: set[_Protocol] = set()
         self._handlers = handlers
         self._tasks = tasks
@@ -260,14 +293,35 @@ class GrpcServer:
     async def serve(self, listener: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
         """Begin to serve a listening socket, which is closed by `stop`. tls must offer "h2" by ALPN."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: _Protocol(self), sock=listener, ssl=tls, backlog=1024)
+        handshake = None if tls is None else _HANDSHAKE
+        self._listener = await loop.create_server(
+            lambda: _Protocol(self), sock=listener, ssl=tls, backlog=1024, ssl_handshake_timeout=handshake
+        )
+        self._keeper = self._tasks.create_task(self._keep())
 
-    async def stop(self, grace: float | None) -> None:
-        """Take no new connections and calls, let open calls end within `grace` seconds, cancel the rest."""
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._keepalive)
+            for connection in list(self.connections):
+                connection.look()
+
+    def part(self) -> None:
+        """Ask peers to make their next calls on a new connection, which a load balancer may give to somebody else."""
+        for connection in self.connections:
+            connection.part()
+
+    def refuse(self) -> None:
+        """Take no new connections and calls; open calls go on."""
         if self._listener is not None:
             self._listener.close()
         for connection in self.connections:
             connection.go_away()
+
+    async def stop(self, grace: float | None) -> None:
+        """Take no new connections and calls, let open calls end within `grace` seconds, cancel the rest."""
+        self.refuse()
+        if self._keeper is not None:
+            self._keeper.cancel()
         if grace and (running := self._running()):
             await asyncio.wait(running, timeout=grace)
         if running := self._running():

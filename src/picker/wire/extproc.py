@@ -2,11 +2,13 @@
 
 Speaks the endpoint-picker protocol 1.0 of the Gateway API Inference Extension in full-duplex mode: one gRPC stream per
 HTTP request; replies in the order headers, body, trailers for each direction; every body byte handed over comes back.
+A stream that only follows the request (lean) speaks the first half of it.
 What a request means, and in which phase an event is allowed, is the `Exchange`'s business.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -16,6 +18,8 @@ from envoy.service.ext_proc.v3 import external_processor_pb2
 
 from picker.errors import WireError
 from picker.exchange import (
+    ENDPOINT_HEADER,
+    REQUEST_HEADER,
     Action,
     Event,
     Forward,
@@ -45,8 +49,9 @@ SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 # Envoy takes up to 64 KiB in one streamed body reply; llm-d's endpoint picker stops at the same round number.
 MAX_CHUNK_BYTES = 62_000
 
-# Orders to an engine or its sidecar that only a picker may give. Envoy removes before it sets, so what an `Exchange`
-# sets on purpose (a data-parallel rank) survives.
+# Orders to an engine or its sidecar that only a picker may give, and words to the picker that no engine is meant to
+# hear, by their old and new names. Envoy removes before it sets, so what an `Exchange` sets on purpose (a data-parallel
+# rank) survives.
 CONTROL_HEADERS = (
     DESTINATION_SUBSET,
     DESTINATION_SERVED,
@@ -55,8 +60,26 @@ CONTROL_HEADERS = (
     "x-data-parallel-host-port",
     "x-data-parallel-rank",
     "x-kv-cache-source-host-port",
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+    "x-llm-d-inference-objective",
+    "x-gateway-inference-objective",
+    "x-llm-d-inference-ttl",
+    "x-llm-d-model-name-rewrite",
+    "x-gateway-model-name-rewrite",
+    "x-llm-d-slo-ttft-ms",
+    "x-slo-ttft-ms",
+    "x-llm-d-slo-tpot-ms",
+    "x-slo-tpot-ms",
+    ENDPOINT_HEADER,
+    REQUEST_HEADER,
 )
 
+# Envoy's name for the address that a request went to, among the attributes of a message.
+_ATTRIBUTES = "envoy.filters.http.ext_proc"
+_UPSTREAM_ADDRESS = "upstream.address"
+
+_NO_BODY = processing_mode_pb2.ProcessingMode.NONE
 _FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
 # Said, not left to the default, which has changed between versions of Envoy.
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -92,14 +115,17 @@ _PASS = _pass_template()
 class Codec:
     """The messages of one stream. fallbacks: name the whole list of endpoints, else only the first.
 
+    mark: the request is sent on with it as `x-picker-request-id`, for the data plane's access log to tell what became
+    of the request; nothing of the response is seen then. None: the response is followed here.
     Remembers which directions end in trailers: the last chunk of such a body carries no end-of-stream mark.
     A list of endpoints is for data planes that walk it (Envoy's override_host); others take it for one address.
     """
 
-    __slots__ = ("_fallbacks", "_request_trailers", "_response_trailers")
+    __slots__ = ("_fallbacks", "_mark", "_request_trailers", "_response_trailers")
 
-    def __init__(self, *, fallbacks: bool = True) -> None:
+    def __init__(self, *, fallbacks: bool = True, mark: str | None = None) -> None:
         self._fallbacks = fallbacks
+        self._mark = mark
         self._request_trailers = False
         self._response_trailers = False
 
@@ -113,8 +139,9 @@ class Codec:
                 body = message.request_body
                 return RequestBody(body.body, body.end_of_stream, _subset(message))
             case "request_headers":
-                _check_modes(message)
-                return _request_head(message)
+                lean = self._mark is not None
+                _check_modes(message, lean=lean)
+                return _request_head(message, followed=not lean)
             case "response_headers":
                 return _response_head(message)
             case "request_trailers":
@@ -147,8 +174,12 @@ class Codec:
         decision = action.decision
         destination = decision.endpoint.address
         if self._fallbacks and decision.fallbacks:
-            destination = ",".join((destination, *(endpoint.address for endpoint in decision.fallbacks)))
+            # Ranks of one engine share its address, and whoever cannot reach it once cannot reach it twice.
+            addresses = (destination, *(endpoint.address for endpoint in decision.fallbacks))
+            destination = ",".join(dict.fromkeys(addresses))
         headers: Headers = ((DESTINATION, destination), *action.set_headers)
+        if self._mark is not None:
+            headers = (*headers, (REQUEST_HEADER, self._mark))
         if action.body:
             # Full-duplex mode drops the client's. Envoy drops ours too and sends the body in chunks; others do not.
             headers = (*headers, ("content-length", str(len(action.body))))
@@ -176,23 +207,25 @@ class Codec:
 # --- decoding ----------------------------------------------------------------------------------------------
 
 
-def _check_modes(message: ProcessingRequest) -> None:
-    """Older data planes do not tell their modes; those that do must stream both bodies."""
+def _check_modes(message: ProcessingRequest, *, lean: bool) -> None:
+    """Older data planes do not tell their modes; those that do must stream both bodies, or lean ones the request's."""
     if not message.HasField("protocol_config"):
         return
     config = message.protocol_config
-    if config.request_body_mode != _FULL_DUPLEX or config.response_body_mode != _FULL_DUPLEX:
+    response = (_FULL_DUPLEX, _NO_BODY) if lean else (_FULL_DUPLEX,)
+    if config.request_body_mode != _FULL_DUPLEX or config.response_body_mode not in response:
+        hint = "" if lean else " (with response_body_mode NONE picker must run with --mode lean)"
         raise WireError(
-            "ext-proc needs processing_mode request_body_mode and response_body_mode FULL_DUPLEX_STREAMED; "
+            f"ext-proc needs processing_mode request_body_mode and response_body_mode FULL_DUPLEX_STREAMED{hint}; "
             f"the data plane uses {config.request_body_mode} and {config.response_body_mode}."
         )
 
 
-def _request_head(message: ProcessingRequest) -> RequestHead:
+def _request_head(message: ProcessingRequest, *, followed: bool) -> RequestHead:
     http = message.request_headers
     headers = _headers(http)
     method, path = headers.get(":method", "GET"), headers.get(":path", "/")
-    return RequestHead(method, path, headers, http.end_of_stream, _subset(message))
+    return RequestHead(method, path, headers, http.end_of_stream, _subset(message), followed)
 
 
 def _response_head(message: ProcessingRequest) -> ResponseHead:
@@ -215,7 +248,8 @@ def _headers(http: HttpHeaders) -> dict[str, str]:
 def _subset(message: ProcessingRequest) -> frozenset[str] | None:
     """The addresses a request may go to: a list, or one string with commas; None where nothing is said.
 
-    Entries keep their port; an empty hint is an empty set and admits nobody.
+    Entries keep their port; IPv6 addresses are given in their shortest form, in brackets where there is a port, as
+    `plain_address` has them. An empty hint is an empty set and admits nobody.
     """
     if not message.HasField("metadata_context"):
         return None
@@ -230,14 +264,32 @@ def _subset(message: ProcessingRequest) -> frozenset[str] | None:
             entries = value.string_value.split(",")
         case _:
             return None
-    return frozenset(entry.strip() for entry in entries if entry.strip())
+    return frozenset(plain_address(entry.strip()) for entry in entries if entry.strip())
+
+
+def plain_address(text: str) -> str:
+    """An address with or without a port as it is usually written: IPv6 in its shortest form, in brackets before a port.
+
+    What is no IPv6 address is returned as it is: "10.0.0.1:8000", "[FD00:0::1]:8000" -> "[fd00::1]:8000".
+    """
+    if text.count(":") < 2:
+        return text
+    host, closed, port = text.removeprefix("[").partition("]")
+    try:
+        address = ipaddress.IPv6Address(host).compressed
+    except ValueError:
+        return text
+    return f"[{address}]{port}" if closed and port else address
 
 
 def _served_by(message: ProcessingRequest) -> str | None:
+    """The verdict's counterpart in metadata, else what Envoy says of the upstream where it is asked for it."""
     namespaces = message.metadata_context.filter_metadata
-    if LOAD_BALANCING not in namespaces or DESTINATION_SERVED not in namespaces[LOAD_BALANCING].fields:
-        return None
-    return namespaces[LOAD_BALANCING].fields[DESTINATION_SERVED].string_value or None
+    if LOAD_BALANCING in namespaces and DESTINATION_SERVED in namespaces[LOAD_BALANCING].fields:
+        return namespaces[LOAD_BALANCING].fields[DESTINATION_SERVED].string_value or None
+    if _ATTRIBUTES in message.attributes and _UPSTREAM_ADDRESS in message.attributes[_ATTRIBUTES].fields:
+        return message.attributes[_ATTRIBUTES].fields[_UPSTREAM_ADDRESS].string_value or None
+    return None
 
 
 # --- encoding ----------------------------------------------------------------------------------------------

@@ -140,6 +140,11 @@ class Connection:
     def open_streams(self) -> int:
         return len(self._streams)
 
+    @property
+    def begun(self) -> bool:
+        """The peer has shown that it speaks HTTP/2."""
+        return self._preface
+
     def take(self) -> bytes:
         """What is to be sent since the last call."""
         out = b"".join(self._out)
@@ -406,10 +411,15 @@ class Connection:
         return not stream.pending
 
     def end(self, stream_id: int, code: int = 0, message: str = "") -> None:
-        """End a call with a gRPC status, after all that was sent on it; does nothing when it is over."""
+        """End a call with a gRPC status, after all that was sent on it; does nothing when it is over.
+
+        A failure does not wait for a peer that takes nothing: what has not left by then is dropped.
+        """
         stream = self._streams.get(stream_id)
         if stream is None or stream.trailers is not None:
             return
+        if code:
+            stream.pending.clear()
         self._open(stream)
         status = str(code).encode()
         stream.trailers = _STATUS_NAME + bytes((len(status),)) + status
@@ -423,6 +433,14 @@ class Connection:
         if self._streams.pop(stream_id, None) is not None:
             self._blocked.pop(stream_id, None)
             self._frame(RST_STREAM, 0, stream_id, CANCEL.to_bytes(4, "big"))
+
+    def ping(self) -> None:
+        """Ask the peer for a sign of life; any bytes that come are one."""
+        self._frame(PING, 0, 0, b"picker??")
+
+    def part(self) -> None:
+        """Ask the peer to make its next calls on another connection; those it makes here before it knows are taken."""
+        self._frame(GOAWAY, 0, 0, _MAX_WINDOW.to_bytes(4, "big") + NO_ERROR.to_bytes(4, "big"))
 
     def go_away(self) -> None:
         """Take no new calls; those open go on."""

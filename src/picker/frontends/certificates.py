@@ -1,0 +1,160 @@
+"""What a gRPC server shows of itself over TLS: a folder's certificate, followed as it changes, or one of its own.
+
+The names in the folder are those of a Kubernetes TLS secret. A self-signed certificate encrypts and proves nothing:
+gateways that speak the endpoint-picker protocol take it without looking, as they do the endpoint picker's of llm-d.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import logging
+import socket
+import ssl
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from picker.errors import ConfigError
+
+log = logging.getLogger("picker.tls")
+
+CERTIFICATE, KEY = "tls.crt", "tls.key"
+
+_LIFE = datetime.timedelta(days=3650)
+_SKEW = datetime.timedelta(hours=1)  # of the clocks of those who look
+
+
+class Certificates:
+    """A server's TLS identity, for the life of the server. context: offers HTTP/2 alone, from TLS 1.2 on.
+
+    client_ca: a file of certificates (PEM); when given, only clients that show a certificate of theirs are served.
+    """
+
+    def __init__(self, folder: Path | None, *, client_ca: Path | None = None) -> None:
+        """folder: with tls.crt and tls.key; None: self-signed. Raises ConfigError for files that do not do."""
+        self._folder = folder
+        self.context = _context()
+        if folder is None:
+            _load_self_signed(self.context)
+        else:
+            _load(self.context, folder)
+        if client_ca is not None:
+            _trust_only(self.context, client_ca)
+        self._seen = self._state()
+
+    async def follow(self, *, interval: float = 1.0) -> None:
+        """Look for new files for ever; connections made after a change are shown the new certificate."""
+        while self._folder is not None:
+            await asyncio.sleep(interval)
+            self.refresh()
+
+    def refresh(self) -> bool:
+        """Load the files when they have changed; whether they had. A pair that does not fit is left for next time."""
+        state = self._state()
+        if self._folder is None or state == self._seen:
+            return False
+        try:
+            _load(_context(), self._folder)  # a half-written pair must not spoil the one in use
+            _load(self.context, self._folder)
+        except ConfigError as error:
+            log.warning("the certificate has changed and cannot be used, the old one stays: %s", error)
+            self._seen = state
+            return False
+        self._seen = state
+        log.info("the certificate has changed and is in use")
+        return True
+
+    def _state(self) -> list[tuple[int, int, int]]:
+        """What changes with the files; a secret is swapped by a symbolic link, which stat follows."""
+        if self._folder is None:
+            return []
+        return [_identity(self._folder / name) for name in (CERTIFICATE, KEY)]
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def _load(context: ssl.SSLContext, folder: Path) -> None:
+    try:
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=_no_password)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot use {CERTIFICATE} and {KEY} in {folder}: {reason}") from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")  # else OpenSSL asks the terminal
+
+
+def _trust_only(context: ssl.SSLContext, client_ca: Path) -> None:
+    try:
+        context.load_verify_locations(client_ca)
+    except OSError as error:
+        raise ConfigError(f"cannot use {client_ca} to verify clients: {error.strerror or error}") from None
+    context.verify_mode = ssl.CERT_REQUIRED
+
+
+def _load_self_signed(context: ssl.SSLContext) -> None:
+    certificate, key = self_signed(("localhost", socket.gethostname(), "127.0.0.1", "::1"))
+    with tempfile.TemporaryDirectory(prefix="picker-tls-") as name:  # readable for this user alone
+        folder = Path(name)
+        (folder / CERTIFICATE).write_bytes(certificate)
+        (folder / KEY).write_bytes(key)
+        _load(context, folder)
+
+
+def self_signed(names: Sequence[str]) -> tuple[bytes, bytes]:
+    """A new certificate for these host names and addresses, and its key, both PEM.
+
+    Raises ConfigError without the library that makes them.
+    """
+    try:
+        return _make(names)
+    except ImportError:
+        raise ConfigError(
+            "a self-signed certificate needs the package `cryptography`; install it, give a certificate of your own "
+            "(--cert-path), or serve in clear text (--secure-serving false)"
+        ) from None
+
+
+def _make(names: Sequence[str]) -> tuple[bytes, bytes]:
+    from cryptography import x509  # loads OpenSSL a second time: only for those who need it
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "picker")])
+    addresses = [x509.IPAddress(address) for address in map(_address, names) if address is not None]
+    hosts = [x509.DNSName(name) for name in names if _address(name) is None]
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject_name=subject, issuer_name=subject, public_key=key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + _LIFE)
+        .add_extension(x509.SubjectAlternativeName([*hosts, *addresses]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return certificate.public_bytes(pem), key.private_bytes(pem, form, serialization.NoEncryption())
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
