@@ -18,6 +18,7 @@ from picker.core.profile import Profile
 from picker.core.scheduler import Scheduler, Settings
 from picker.core.view import PoolView
 from picker.prefix.approximate import ApproximateIndex
+from picker.prefix.exact import Exact
 from picker.types import Endpoint, EndpointAdded, Request, Role, UInt64Array
 
 NOW = 1000.0
@@ -123,11 +124,12 @@ def scheduler(
     *endpoints: str | Endpoint,
     profile: Profile | None = None,
     picker: Picker = max_score,
+    exact: Exact | None = None,
     **settings: Any,
 ) -> Scheduler:
     """A scheduler that knows these endpoints since `NOW`."""
     chosen = Settings(**({"block_bytes": BLOCK_BYTES, "index_budget": 1 << 20} | settings))
-    made = Scheduler(chosen, ApproximateIndex(chosen.index_budget), profile, picker)
+    made = Scheduler(chosen, ApproximateIndex(chosen.index_budget), profile, picker, exact)
     for each in endpoints:
         made.apply(EndpointAdded(endpoint(each) if isinstance(each, str) else each), NOW)
     return made

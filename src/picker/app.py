@@ -13,25 +13,34 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
-from picker.config import Config, EndpointSpec
+from picker.config import Config, EndpointSpec, ProfileSpec
 from picker.core.pick import PICKERS, Picker, max_score
+from picker.core.plan import Plan, Route
+from picker.core.plugin_filters import build_detector, build_filter
 from picker.core.profile import Cost, Profile, Weighted
+from picker.core.saturation import Detector
 from picker.core.scheduler import Scheduler, Settings
 from picker.errors import ConfigError
+from picker.exact_mode import ExactMode
 from picker.exchange import Limits
+from picker.prediction_metrics import PredictionMetrics
 from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.blocks import BlockHasher
+from picker.prefix.exact import Exact
 from picker.runtime import Clock, Runtime
 from picker.scorers import build_scorer
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
 from picker.sources.file import FileSource, load_endpoints
-from picker.sources.scrape import AiohttpFetch, ScrapeSource
+from picker.sources.ingest import Ingest
+from picker.sources.kv_events import KvEventSource
+from picker.sources.scrape import AiohttpFetch, Fetch, ScrapeSource
 from picker.sources.static import StaticSource, parse_endpoint
 from picker.telemetry import Telemetry
 from picker.types import Endpoint, Fact, Role
@@ -49,15 +58,26 @@ Serve = Callable[[asyncio.Event], Coroutine[None, None, None]]
 """How requests arrive: a front end's `serve`, bound to its socket; it ends some time after the event is set."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """What listens to KV events while the application runs, for its figures."""
+
+    events: KvEventSource
+    ingest: Ingest
+
+
 class App:
     """One running picker: runtime, sources and front ends. clock: monotonic seconds, the same for all of them."""
 
     def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
         self.config = config
         self.telemetry = Telemetry(CollectorRegistry())
+        secret = secret or os.urandom(32)
+        self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
+        scheduler = build_scheduler(config, None if self.exact is None else self.exact.knowledge(self._models_of))
         self.runtime = Runtime(
-            build_scheduler(config),
-            BlockHasher(secret or os.urandom(32), config.index.block_bytes),
+            scheduler,
+            BlockHasher(secret, config.index.block_bytes),
             self.telemetry,
             clock=clock,
             limits=Limits(
@@ -65,9 +85,11 @@ class App:
                 max_attempts=config.limits.max_attempts,
                 name_endpoint=config.limits.name_endpoint,
             ),
+            reader=None if self.exact is None else self.exact.reader(scheduler.is_adapter),
             queue_timeout=config.queue.timeout_s,
         )
         self.sources = self._sources()
+        self.hearing: Hearing | None = None
         self._export()
 
     def _sources(self) -> list[Source]:
@@ -89,6 +111,16 @@ class App:
         gauge("picker_queued_requests", "Requests waiting in picker's queue.", lambda: len(scheduler.queue))
         gauge("picker_endpoints", "Endpoints known.", lambda: len(scheduler.pool))
         gauge("picker_index_bytes", "Memory of the prefix index.", lambda: scheduler.index.nbytes)
+        exact = scheduler.exact
+        if exact is not None:
+            gauge("picker_exact_index_bytes", "Memory of the index of KV events.", lambda: exact.index.nbytes)
+            states = PredictionMetrics(lambda: scheduler.snapshot(self.runtime.clock()))
+            self.telemetry.registry.register(states)
+
+    def _models_of(self, name: str) -> frozenset[str]:
+        pool = self.runtime.scheduler.pool
+        row = pool.row(name)
+        return frozenset() if row is None else pool.endpoint(row).models
 
     async def run(self, frontends: Sequence[Serve], stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then take nothing new, let running requests end and return.
@@ -100,11 +132,25 @@ class App:
             rng = random.Random(self.config.seed)
             scraper = ScrapeSource(fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s)
             self.runtime.listen(scraper.observe)
-            background = [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
-            background.append(group.create_task(self._drain_on(stop)))
+            background = [group.create_task(self._drain_on(stop))]
+            if self.exact is not None:
+                background.append(group.create_task(self._hear(self.exact, fetch, rng)))
+            background += [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
             await self._serve(frontends, stop)
             for task in background:
                 task.cancel()
+
+    async def _hear(self, exact: ExactMode, fetch: Fetch, rng: random.Random) -> None:
+        """KV events: from the engines through what works on them to the scheduler."""
+        config = self.config.exact
+        events = KvEventSource(fetch, clock=self.runtime.clock, rng=rng, events=config.events, replay=config.replay)
+        ingest = exact.ingest(self._models_of)
+        self.hearing = Hearing(events, ingest)
+        for listener in (exact.post.observe, ingest.observe, events.observe):
+            self.runtime.listen(listener)
+        async with exact.post, asyncio.TaskGroup() as group:
+            group.create_task(ingest.run(self.runtime.emit))
+            group.create_task(events.run(ingest.take))
 
     async def _serve(self, frontends: Sequence[Serve], stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
@@ -116,7 +162,7 @@ class App:
         self.runtime.drain()
 
 
-def build_scheduler(config: Config) -> Scheduler:
+def build_scheduler(config: Config, exact: Exact | None = None) -> Scheduler:
     """The scheduler that a configuration describes; raises ConfigError for an unknown scorer or picker."""
     profile, picker = build_policy(config)
     settings = Settings(
@@ -128,7 +174,7 @@ def build_scheduler(config: Config) -> Scheduler:
         eject_max_s=config.health.eject_max_s,
         seed=int.from_bytes(os.urandom(4)) if config.seed is None else config.seed,
     )
-    return Scheduler(settings, ApproximateIndex(config.index.budget_bytes), profile, picker)
+    return Scheduler(settings, ApproximateIndex(config.index.budget_bytes), profile, picker, exact)
 
 
 def build_policy(config: Config) -> tuple[Profile, Picker]:
@@ -140,7 +186,8 @@ def build_policy(config: Config) -> tuple[Profile, Picker]:
         case "picker":
             return Cost(), picker
         case "weighted":
-            return Weighted([(build_scorer(s.name, s.parameters), s.weight) for s in config.scorers]), picker
+            plan = build_plan(config)
+            return plan, plan.pick
         case "least-request":
             return Weighted([(Inflight(), 1.0)]), max_score
         case "round-robin":
@@ -149,6 +196,34 @@ def build_policy(config: Config) -> tuple[Profile, Picker]:
             return Weighted([]), max_score
         case _:
             raise ConfigError(f"policy: {config.policy!r} is unknown")
+
+
+def build_plan(config: Config) -> Plan:
+    """The profiles of the `weighted` policy; the filters and scorers at the top are one of their own."""
+    own = ProfileSpec(name="default", filters=config.filters, scorers=config.scorers, picker=config.picker)
+    specs = config.profiles or [own]
+    routes = {spec.name: build_route(spec) for spec in specs}
+    return Plan(routes, config.profile or specs[0].name, config.profile_header, config.prefill_profile)
+
+
+def build_route(spec: ProfileSpec) -> Route:
+    """A profile with what it names; raises ConfigError for what there is not."""
+    picker = PICKERS.get(spec.picker)
+    if picker is None:
+        raise ConfigError(f"profile {spec.name!r}: picker {spec.picker!r} is not one of {', '.join(PICKERS)}")
+    return Route(
+        scorers=[(build_scorer(each.name, each.parameters), each.weight) for each in spec.scorers],
+        filters=[build_filter(each.name, each.parameters) for each in spec.filters],
+        picker=picker,
+        most=spec.max_endpoints,
+    )
+
+
+def build_saturation(config: Config) -> Detector | None:
+    """What tells how full the pool is, where the configuration names it."""
+    if config.saturation.detector == "off":
+        return None
+    return build_detector(config.saturation.detector, config.saturation.parameters)
 
 
 def build_endpoint(spec: str | EndpointSpec) -> Endpoint:

@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from picker.core.scheduler import Scheduler
 from picker.exchange import (
@@ -31,15 +32,18 @@ from picker.exchange import (
 from picker.prefix.blocks import BlockHasher
 from picker.telemetry import Telemetry
 from picker.types import (
+    Call,
     Fact,
     Failed,
     FailureReason,
     Finished,
     Outcome,
     Queued,
+    Reading,
     Rejection,
     RejectReason,
     Request,
+    Unread,
     Usage,
 )
 
@@ -47,6 +51,18 @@ log = logging.getLogger("picker.runtime")
 
 Clock = Callable[[], float]
 Listener = Callable[[Fact], None]
+
+
+class Reader(Protocol):
+    """Reads prompts as the engines will (`picker.tokenizers`). Neither verb raises for what a client can send."""
+
+    def read_now(self, call: Call) -> Reading | Unread | None:
+        """The reading, None where there is none, or `UNREAD` where making it would take too long for the loop."""
+        ...
+
+    async def read(self, call: Call) -> Reading | None:
+        """The same off the loop's thread; None when the time budget ran out."""
+        ...
 
 
 @dataclass(slots=True)
@@ -78,6 +94,7 @@ class Runtime:
         *,
         clock: Clock,
         limits: Limits | None = None,
+        reader: Reader | None = None,
         queue_timeout: float | None = None,
         records: int = 256,
     ) -> None:
@@ -87,6 +104,7 @@ class Runtime:
         self.limits = limits or Limits()
         self.draining = False
         self._hasher = hasher
+        self._reader = reader
         self._queue_timeout = queue_timeout
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
@@ -103,7 +121,7 @@ class Runtime:
         return Exchange(next(self._ids), self.limits)
 
     async def receive(self, exchange: Exchange, event: Event) -> list[Action]:
-        """Feed one event; returns the actions for the front end. Waits only while the request is queued.
+        """Feed one event; returns the actions for the front end. Waits only while the request is read or queued.
 
         If the caller is cancelled while waiting, it must still feed `Closed`, which takes the request out of the queue.
         """
@@ -121,7 +139,8 @@ class Runtime:
                         actions.append(action)
             if asked is None:
                 return actions
-            outcome = self._submit(exchange.id, asked)
+            reading = None if self._reader is None else await self._read(self._reader, asked.call)
+            outcome = self._submit(exchange.id, asked, reading)
             if isinstance(outcome, Queued):
                 outcome = await self._wait(exchange.id)
             pending = exchange.receive(Decided(outcome))
@@ -155,6 +174,7 @@ class Runtime:
             self.telemetry.internal_error("apply")
             log.exception("applying a %s failed; it is ignored", type(fact).__name__)
         self._note_end(fact, now)
+        self._say_notices()
         self.telemetry.fact(fact)
         for listener in self._listeners:
             listener(fact)
@@ -199,7 +219,12 @@ class Runtime:
             deadline=None if self._queue_timeout is None else now + self._queue_timeout,
         )
 
-    def _submit(self, request_id: int, submit: Submit) -> Outcome | Queued:
+    async def _read(self, reader: Reader, call: Call) -> Reading | None:
+        """Others are decided meanwhile: one long prompt delays nobody else."""
+        reading = reader.read_now(call)
+        return await reader.read(call) if isinstance(reading, Unread) else reading
+
+    def _submit(self, request_id: int, submit: Submit, reading: Reading | None) -> Outcome | Queued:
         now = self.clock()
         if self.draining and not submit.exclude:  # a second attempt is of a request that runs
             message = "The gateway is shutting down."
@@ -210,7 +235,7 @@ class Runtime:
         outcome: Outcome | Queued
         try:
             request = self.prepare(request_id, submit, now)
-            outcome = self.scheduler.submit(request, now)
+            outcome = self.scheduler.submit(request, now, reading)
         except Exception:
             # Supervision: a bug in a scorer costs the quality of one decision, never the request.
             self.telemetry.internal_error("submit")
@@ -230,6 +255,11 @@ class Runtime:
         self._records[request.id] = Record(request, outcome, decided_at=now, seconds=now - started_at)
         while len(self._records) > self._keep:
             self._records.popitem(last=False)
+
+    def _say_notices(self) -> None:
+        notices = self.scheduler.notices
+        while notices:
+            log.warning("%s", notices.popleft())
 
     def _note_end(self, fact: Fact, now: float) -> None:
         match fact:

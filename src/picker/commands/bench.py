@@ -41,6 +41,33 @@ def pick(repeats: int, seed: int, as_json: bool) -> None:
     show("pick", rows(repeats=repeats, seed=seed, progress=_progress), as_json=as_json)
 
 
+@command.command()
+@click.option(
+    "--endpoints",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(10, 100, 1000),
+    show_default=True,
+    metavar="N",
+    help="Endpoints; repeat for several.",
+)
+@click.option("--blocks", default=1_000_000, show_default=True, help="Blocks of all endpoints, for the memory figures.")
+@click.option("--events", default=200_000, show_default=True, help="Blocks stored or removed, for the rate.")
+@click.option("--repeats", default=200, show_default=True, help="Prompts matched per row.")
+@click.option("--seed", default=0, show_default=True)
+@_json
+def events(as_json: bool, **settings: Any) -> None:
+    """KV events into the index of exact prefixes, and prompts matched with it, by number of endpoints.
+
+    events_per_s: blocks stored or removed in a second of CPU time, from the bytes of a batch on; decode, spell,
+    index: the shares of one. bytes_per_block: for a block of an endpoint, where no two hold the same; shared: where all hold all.
+    match: walk and count for prompts of 32 and 400 KB. dict: the same with a plain dict of sets.
+    """
+    from picker.bench.events import COLUMNS, rows
+
+    show("events", rows(**settings, progress=_progress), as_json=as_json, columns=COLUMNS)
+
+
 def _gateway_options(command: F) -> F:
     """What the benchmarks of a whole gateway share."""
     options = (

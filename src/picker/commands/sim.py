@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from picker.commands.options import run, start_logging
 from picker.errors import ConfigError
 from picker.sim import pod
 from picker.sim.engine import Policy
+from picker.sim.engine_hashes import HashAlgorithm
 from picker.sim.latency import profiles
-from picker.sim.pod_options import PodOptions
+from picker.sim.pod_options import EventOptions, PodOptions
+
+_ALGORITHMS = [algorithm.value for algorithm in HashAlgorithm]
 
 
 @click.command()
@@ -28,6 +33,18 @@ from picker.sim.pod_options import PodOptions
 @click.option("--scheduling-policy", type=click.Choice([policy.value for policy in Policy]), default="fcfs")
 @click.option("--no-noise", is_flag=True, help="Exact step times.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise.")
+@click.option("--data-parallel-size", "ranks", default=1, show_default=True, metavar="N", help="Engines in a pod.")
+@click.option("--kv-events", is_flag=True, help="Publish KV events over ZeroMQ, as vLLM does.")
+@click.option(
+    "--kv-events-port", default=0, show_default=True, help="First port for events; replays next. 0: free ones."
+)
+@click.option("--kv-events-topic", default="", metavar="TEXT", help="Their topic; may name {address} and {model}.")
+@click.option("--kv-events-buffer", default=10_000, show_default=True, metavar="N", help="Batches kept for replays.")
+@click.option("--prefix-caching-hash-algo", "algorithm", type=click.Choice(_ALGORITHMS), default=_ALGORITHMS[0])
+@click.option("--enable-scale-out", "scale_out", is_flag=True, help="Serve the render routes.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A model's files: tokenize as it does."
+)
 @click.option("--list", "list_profiles", is_flag=True, help="List the profiles and end.")
 @click.option("--log-level", default="info", show_default=True)
 def command(
@@ -46,6 +63,14 @@ def command(
     scheduling_policy: str,
     no_noise: bool,
     seed: int,
+    ranks: int,
+    kv_events: bool,
+    kv_events_port: int,
+    kv_events_topic: str,
+    kv_events_buffer: int,
+    algorithm: str,
+    scale_out: bool,
+    tokenizer: Path | None,
     list_profiles: bool,
     log_level: str,
 ) -> None:
@@ -62,6 +87,12 @@ def command(
         raise ConfigError(f"--count {count} from --port {port}: needs at least one pod, on ports up to 65535")
     if not time_scale > 0:
         raise ConfigError(f"--time-scale: must be greater than 0, got {time_scale}")
+    events = EventOptions(
+        port=kv_events_port,
+        topic=kv_events_topic,
+        buffer_steps=kv_events_buffer,
+        algorithm=HashAlgorithm(algorithm),
+    )
     options = PodOptions(
         count=count,
         host=host,
@@ -78,6 +109,10 @@ def command(
         max_queued=max_queued,
         noise=not no_noise,
         seed=seed,
+        ranks=ranks,
+        events=events if kv_events else None,
+        scale_out=scale_out,
+        tokenizer=tokenizer,
     )
     run(pod.run(options, on_ready=_announce))
 

@@ -258,7 +258,7 @@ def _list(*, as_json: bool) -> None:
     click.echo("scenarios:")
     for number, each in known.items():
         click.echo(f"  {number:<12}{each.name:<22}{each.title}, {each.pods.count} x {each.pods.profile}")
-    click.echo("policies:\n  " + ", ".join([*POLICIES, *REFERENCES]))
+    click.echo("policies (NAME-exact is told by KV events what is cached):\n  " + ", ".join([*POLICIES, *REFERENCES]))
     click.echo("model profiles:\n  " + "\n  ".join(latency.profiles()))
 
 

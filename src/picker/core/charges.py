@@ -20,6 +20,7 @@ class Charge:
     work: nanoseconds of prefill expected at the pool's mean speed. was_idle: nothing was in flight there. first_at,
     areas: when the first token came, and the row's integrals then.
     held: what of the KV cache the prompt takes. adapter: the LoRA adapter it needs.
+    told: between how many tokens of the prompt KV events let expect to be cached, None where they do not say.
     expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
     """
 
@@ -38,6 +39,7 @@ class Charge:
     areas: tuple[float, float, float] = (0.0, 0.0, 0.0)
     held: Hold = NOTHING
     adapter: str | None = None
+    told: tuple[float, float] | None = None
 
 
 class Charges:

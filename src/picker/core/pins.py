@@ -15,7 +15,7 @@ import numpy as np
 
 from picker.types import FloatArray, Int64Array, UInt64Array
 
-_APART = 16
+MARKS = 16  # pieces of a prompt, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def _marks(blocks: int) -> tuple[Int64Array, tuple[int, ...]]:
     marks, at = [], 0
     while at < blocks:
         marks.append(at)
-        at += 1 + at // _APART
+        at += 1 + at // MARKS
     return np.array(marks, dtype=np.int64), tuple(mark + 1 for mark in marks)
 
 

@@ -8,23 +8,25 @@ the same seed gives the same decisions, under a real clock or a virtual one. No 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from picker.core import filters
+from picker.core.calibration import Calibration
 from picker.core.charges import Charge, Charges
 from picker.core.estimate import Ratio
 from picker.core.flow import FlowQueue
 from picker.core.learned import SAME_STEP_S, FirstTokenSample, Learned
 from picker.core.pick import Picker, max_score
-from picker.core.pins import Hold, hold
+from picker.core.pins import MARKS, Hold, hold
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
 from picker.core.snapshot import EndpointState, endpoint_state
 from picker.core.view import PoolView, place
 from picker.prefix.approximate import ApproximateIndex
+from picker.prefix.exact import Exact, Known
 from picker.types import (
     BlocksRemoved,
     BlocksStored,
@@ -36,17 +38,20 @@ from picker.types import (
     EndpointDraining,
     EndpointRemoved,
     EventsChanged,
+    EventState,
     Fact,
     Failed,
     FailureReason,
     Finished,
     FirstToken,
+    FloatArray,
     HealthObserved,
     Int64Array,
     LoadObserved,
     ModelsObserved,
     Queued,
     Ranking,
+    Reading,
     Rejection,
     RejectReason,
     Request,
@@ -84,7 +89,22 @@ _BYTES_PER_TOKEN = 4.0
 # Shorter answers tell of rounding, not of speed.
 _LEARN_FROM_TOKENS = 16
 _TYPICAL_TOKENS = 4096.0
+_BLOCK_TOKENS = 16.0  # of an engine that does not say
 _RETRY_AFTER_S = 1.0
+_NOTICES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What one decision is made of. guessed: (n,) leading blocks that the approximate index believes cached.
+
+    held: what the request will hold where it goes. known: what KV events tell of its prompt.
+    """
+
+    view: PoolView
+    held: Hold
+    guessed: FloatArray
+    known: Known | None
 
 
 class Scheduler:
@@ -96,10 +116,14 @@ class Scheduler:
         index: ApproximateIndex,
         profile: Profile | None = None,
         picker: Picker = max_score,
+        exact: Exact | None = None,
     ) -> None:
         self.settings = settings
         self.pool = Pool()
         self.index = index
+        self.exact = exact
+        self.calibration = Calibration(self.pool.rows)
+        self.notices: deque[str] = deque(maxlen=_NOTICES)
         self.queue = FlowQueue(settings.queue_size)
         self.charges = Charges(self.pool)
         self._profile: Profile = profile or Cost()
@@ -112,10 +136,18 @@ class Scheduler:
         self._polled_at = -np.inf
         index.grow_rows(self.pool.rows)
 
+    @property
+    def wants_events(self) -> bool:
+        """Whether KV events change anything."""
+        return self.exact is not None
+
     # --- the verbs ---
 
-    def submit(self, request: Request, now: float) -> Decision | Rejection | Queued:
+    def submit(self, request: Request, now: float, reading: Reading | None = None) -> Decision | Rejection | Queued:
         """Pick an endpoint and book the charge in the same call, or say why not, or queue the request.
+
+        reading: the prompt as its engine will read it, if anybody could read it so. It is not kept: a request that has
+        to wait is decided by what was sent where.
 
         Every `Decision` must be followed by exactly one `Finished` or `Failed` fact of that id; so must `Queued`, once
         it has become a decision, or when its client leaves before.
@@ -128,7 +160,7 @@ class Scheduler:
         open_to = candidates if free is None else candidates & free
         rows = open_to.nonzero()[0]
         if rows.size and not self._must_wait_behind(request, open_to, now):
-            return self._decide(request, rows, now)
+            return self._decide(request, rows, now, reading)
         if self.queue.full:
             message = "The endpoints are saturated and the queue is full."
             return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
@@ -155,7 +187,7 @@ class Scheduler:
             case ScrapeFailed():
                 pass  # Old values stay and age; see `PoolView.age`.
             case BlocksStored() | BlocksRemoved() | EventsChanged():
-                pass  # The index learns from what is sent and answered.
+                self._told(fact)
             case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
                 self._about_endpoint(fact)
 
@@ -185,6 +217,10 @@ class Scheduler:
         instants = rested[rested > self._polled_at].tolist() + ([] if deadline is None else [deadline])
         return min(instants, default=None)
 
+    def is_adapter(self, model: str) -> bool:
+        """Whether an engine has said that this is a LoRA adapter."""
+        return self.charges.adapters.of(model) is not None
+
     def fallback(self, request: Request) -> Decision | Rejection:
         """A random endpoint that may take the request, uncharged: for when deciding itself has failed."""
         mask = filters.alive(self.pool, request.arrived_at) & self.pool.serving(request.model)
@@ -205,6 +241,9 @@ class Scheduler:
                 speed=self._speed(row),
                 index_blocks=self.index.resident(row),
                 index_trust=float(self.index.trust[row]),
+                events=None if self.exact is None else self.exact.stream(row),
+                predictions=self.calibration.record(row),
+                doubt=self.calibration.complaint(row) if self.calibration.doubted[row] else None,
             )
             for row, endpoint in self.pool
         ]
@@ -237,12 +276,13 @@ class Scheduler:
 
     # --- deciding ---
 
-    def _decide(self, request: Request, rows: Int64Array, now: float) -> Decision:
-        view, held = self._view(request, rows, now)
+    def _decide(self, request: Request, rows: Int64Array, now: float, reading: Reading | None = None) -> Decision:
+        sight = self._look(request, rows, now, reading)
+        view = sight.view
         total, parts = self._profile.rank(view, request)
         order = self._picker(total, 1 + self.settings.fallbacks, self._rng).tolist()
         best = order[0]
-        self._book(request, view, best, held, now)
+        self._book(request, sight, best, now)
         endpoint, *fallbacks = [self.pool.endpoint(rows.item(index)) for index in order]
         return Decision(
             request_id=request.id,
@@ -256,15 +296,21 @@ class Scheduler:
             ranking=Ranking(self.pool.names, rows, total, parts),
         )
 
-    def _view(self, request: Request, rows: Int64Array, now: float) -> tuple[PoolView, Hold]:
-        """What there is to choose from, and what the request will hold where it goes."""
+    def _look(self, request: Request, rows: Int64Array, now: float, reading: Reading | None) -> _Sight:
+        """Everything that the decision depends on."""
         pick = place(rows)
-        matched = self.index.match(request.block_hashes)[pick].astype(np.float64)
+        guessed = matched = self.index.match(request.block_hashes)[pick].astype(np.float64)
         tokens, per_byte = self._tokens(request)
-        cached = matched * (self.settings.block_bytes * per_byte) * self.index.trust[pick]
-        # The engine always computes the last token of a prompt again.
-        leading = max(request.prompt_bytes * per_byte - 1.0, 0.0)
+        cached = guessed * (self.settings.block_bytes * per_byte) * self.index.trust[pick]
         held = hold(request.block_hashes, self.settings.block_bytes * per_byte, tokens)
+        shared = self.charges.pins.shared(held, self.pool.rows)[pick]
+        # The engine always computes the last token of a prompt again.
+        cached = np.minimum(cached, max(request.prompt_bytes * per_byte - 1.0, 0.0))
+        known = None if self.exact is None else self.exact.match(reading, request)
+        if known is not None:
+            tokens = _counted(request, reading, tokens, known)
+            cached = self._corrected(cached, known, pick, shared)
+            matched = cached * (request.block_hashes.size / max(tokens, 1.0))
         view = PoolView(
             self.pool,
             rows,
@@ -273,14 +319,25 @@ class Scheduler:
             matched_blocks=matched,
             total_blocks=request.block_hashes.size,
             prompt_tokens=tokens,
-            uncached=tokens - np.minimum(cached, leading),
+            uncached=tokens - np.minimum(cached, tokens),
             learned=self.learned,
             session_row=self._session_row(request),
             model=request.model,
             adapters=self.charges.adapters,
-            shared=self.charges.pins.shared(held, self.pool.rows)[pick],
+            shared=shared,
         )
-        return view, held
+        return _Sight(view, held, guessed, known)
+
+    def _corrected(self, cached: FloatArray, known: Known, pick: slice | Int64Array, shared: FloatArray) -> FloatArray:
+        """(n,) cached tokens: as told where a stream is whole, at least as told where it is not, else as estimated.
+
+        What requests in flight hold there and no event has told yet will be there when this one is looked at.
+        """
+        block = np.nan_to_num(self.pool.block_size[pick], nan=_BLOCK_TOKENS)
+        believed, told = ~self.calibration.doubted[pick], np.maximum(known.tokens[pick], shared // block * block)
+        cached = np.where(believed & known.partial[pick], np.maximum(cached, told), cached)
+        corrected: FloatArray = np.where(believed & known.whole[pick], told, cached)
+        return corrected
 
     def _tokens(self, request: Request) -> tuple[float, float]:
         """(tokens of the whole request, tokens per byte of its leading prompt)."""
@@ -290,8 +347,9 @@ class Scheduler:
             return request.prompt_bytes * learned + extra, learned
         return request.prompt_tokens + extra, request.prompt_tokens / max(request.prompt_bytes, 1)
 
-    def _book(self, request: Request, view: PoolView, best: int, held: Hold, now: float) -> None:
-        pool, row = self.pool, view.rows.item(best)
+    def _book(self, request: Request, sight: _Sight, best: int, now: float) -> None:
+        pool, view, known = self.pool, sight.view, sight.known
+        row = view.rows.item(best)
         uncached = view.uncached.item(best)
         work = self.learned.work(uncached, view.prompt_tokens)
         speed = self.learned.prefill_speed.value.item(row)
@@ -301,12 +359,13 @@ class Scheduler:
             generation=pool.generation.item(row),
             tokens=round(uncached),
             context=round(view.prompt_tokens),
-            predicted=int(view.matched_blocks[best]),
+            predicted=int(sight.guessed[best]),
             work=round(work * 1e9),
             booked_at=now,
             was_idle=not pool.inflight.item(row),
-            held=held,
+            held=sight.held,
             adapter=self.charges.adapters.of(request.model),
+            told=None if known is None else self._expected(row, known, view.shared.item(best)),
         )
         self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
         self.learned.booked(work / speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
@@ -321,6 +380,17 @@ class Scheduler:
         seconds = self.learned.work(_TYPICAL_TOKENS, _TYPICAL_TOKENS)
         # An engine that answers any prompt at once (a stand-in for one) has no speed; this one is beyond all others.
         return _TYPICAL_TOKENS / max(seconds, 1e-9) * float(self.learned.prefill_speed.value[row])
+
+    def _expected(self, row: int, known: Known, shared: float) -> tuple[float, float] | None:
+        """Between how many tokens an engine will find cached if its events tell the truth.
+
+        At most what it was told, or what requests in flight hold there, which is known to within their marks.
+        """
+        if not known.whole[row]:
+            return None
+        least, block = known.tokens.item(row), float(self.pool.block_size[row])
+        slack = shared * (1.0 + 1.0 / MARKS) + (_BLOCK_TOKENS if math.isnan(block) else block)
+        return least, least if shared <= least else slack
 
     # --- sessions ---
 
@@ -417,14 +487,32 @@ class Scheduler:
             return  # the counts are of all prompts together
         if request.prompt_bytes and request.prompt_tokens is None:
             self._bytes_per_token.add(request.prompt_bytes, usage.prompt_tokens)
+        self._compare(charge, usage)
         if usage.cached_tokens is None or not request.block_hashes.size:
             return
         # One engine block of slack: the engine counts whole blocks of its own, at other boundaries than ours.
         block_size = float(self.pool.block_size[charge.row])
-        slack = 16.0 if math.isnan(block_size) else block_size
+        slack = _BLOCK_TOKENS if math.isnan(block_size) else block_size
         share = min((usage.cached_tokens + slack) / usage.prompt_tokens, 1.0)
         actual = int(share * request.prompt_bytes) // self.settings.block_bytes
         self.index.correct(charge.row, request.block_hashes, predicted=charge.predicted, actual=actual)
+
+    def _compare(self, charge: Charge, usage: Usage) -> None:
+        """Hold a prediction made from events against what came of it."""
+        if charge.told is None:
+            return
+        least, most = charge.told
+        if usage.cached_tokens is None:
+            self.calibration.silent(charge.row, prompt=usage.prompt_tokens, expected=least)
+        elif self.calibration.reported(charge.row, least=least, most=most, cached=usage.cached_tokens):
+            self._note_verdict(charge.row)
+
+    def _note_verdict(self, row: int) -> None:
+        name = self.pool.endpoint(row).name
+        if self.calibration.doubted[row]:
+            self.notices.append(f"{name}: its KV events are not believed: {self.calibration.complaint(row)}")
+        else:
+            self.notices.append(f"{name}: its KV events are believed again: the latest predictions came true")
 
     def _learn_decoding(self, charge: Charge, usage: Usage, now: float) -> None:
         """From a whole stream: its time, less the prefills it waited for, by the company it had on average."""
@@ -459,6 +547,18 @@ class Scheduler:
                 self.pool.draining[row] = draining
             case CacheCleared():
                 self.index.clear(row)
+                if self.exact is not None:
+                    self.exact.apply(row, fact)
+
+    def _told(self, fact: BlocksStored | BlocksRemoved | EventsChanged) -> None:
+        row = self.pool.row(fact.name)
+        if row is None or self.exact is None:
+            return
+        self.exact.apply(row, fact)
+        if isinstance(fact, EventsChanged):
+            self.calibration.forget(row)
+            if fact.state is EventState.SUSPECT:
+                self.notices.append(f"{fact.name}: its KV events cannot be relied on: {fact.reason}")
 
     def _added(self, endpoint: Endpoint, now: float) -> None:
         row = self.pool.row(endpoint.name)
@@ -474,6 +574,9 @@ class Scheduler:
             self.learned.grow(self.pool.rows)
             self.index.grow_rows(self.pool.rows)
             self.charges.adapters.grow(self.pool.rows)
+            self.calibration.grow(self.pool.rows)
+            if self.exact is not None:
+                self.exact.grow_rows(self.pool.rows)
 
     def _removed(self, name: str) -> None:
         row = self.pool.row(name)
@@ -483,6 +586,9 @@ class Scheduler:
         self.index.remove_row(row)
         self.charges.pins.clear(row)
         self.charges.adapters.clear(row)
+        self.calibration.forget(row)
+        if self.exact is not None:
+            self.exact.remove_row(row)
         self.learned.forget(row)
 
     def _load(self, fact: LoadObserved) -> None:
@@ -506,6 +612,12 @@ class Scheduler:
             column[row] = np.nan if value is None else value
         if fact.kv_capacity_tokens:  # None: not told; 0: an engine that has not measured it yet
             self._set_capacity(row, fact.kv_capacity_tokens)
+        if (
+            fact.queries is not None
+            and fact.hits is not None
+            and self.calibration.counted(row, fact.queries, fact.hits)
+        ):
+            self._note_verdict(row)
         if fact.adapters is not None:
             pool.set_adapters(row, fact.adapters)
             self.charges.adapters.known |= fact.adapters
@@ -519,11 +631,22 @@ class Scheduler:
     def _set_capacity(self, row: int, tokens: int) -> None:
         """Follow the engine's capacity, and what we learn of bytes per token, in steps that matter."""
         self.pool.kv_capacity[row] = tokens
+        if self.exact is not None:
+            self.exact.set_capacity(row, tokens)
         blocks = max(1, int(tokens * self._bytes_per_token.value) // self.settings.block_bytes)
         known = float(self.pool.capacity_blocks[row])
         if not abs(blocks - known) <= 0.02 * known:
             self.pool.capacity_blocks[row] = blocks
             self.index.set_capacity(row, blocks)
+
+
+def _counted(request: Request, reading: Reading | None, tokens: float, known: Known) -> float:
+    """Tokens of the whole request: counted, at least as far as it is stored somewhere; estimated behind that."""
+    if request.prompt_tokens is not None:
+        return tokens
+    if reading is not None and reading.tokens is not None:
+        return float(reading.tokens)
+    return known.depth_tokens + (1.0 - known.depth) * tokens
 
 
 def _wish(request: Request) -> tuple[object, ...]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from picker.core.calibration import Record
 from picker.core.pool import Pool
+from picker.prefix.exact import Stream
 from picker.types import Endpoint, FloatArray
 
 
@@ -34,13 +36,32 @@ class EndpointState:
     prefill_tokens_per_s: float
     index_blocks: int
     index_trust: float
+    kv_events: str = "off"
+    kv_events_reason: str = ""
+    predictions: int = 0
+    predictions_over: int = 0
+    predictions_under: int = 0
+    prediction_error_tokens: float = 0.0
     labels: dict[str, str] = field(default_factory=dict)
 
 
 def endpoint_state(
-    pool: Pool, row: int, endpoint: Endpoint, now: float, *, speed: float, index_blocks: int, index_trust: float
+    pool: Pool,
+    row: int,
+    endpoint: Endpoint,
+    now: float,
+    *,
+    speed: float,
+    index_blocks: int,
+    index_trust: float,
+    events: Stream | None,
+    predictions: Record,
+    doubt: str | None,
 ) -> EndpointState:
-    """One row of the pool, with what is known outside of it: learned speed and the prefix index."""
+    """One row of the pool, with what is known outside of it: learned speed, the prefix index and KV events.
+
+    doubt: why predictions made from its events are not believed, None where they are.
+    """
     rest = float(pool.ejected_until[row]) - now
     return EndpointState(
         name=endpoint.name,
@@ -63,8 +84,23 @@ def endpoint_state(
         prefill_tokens_per_s=speed,
         index_blocks=index_blocks,
         index_trust=index_trust,
+        kv_events=_standing(events, doubt),
+        kv_events_reason="" if events is None else doubt or events.refused or events.reason,
+        predictions=predictions.predictions,
+        predictions_over=predictions.over,
+        predictions_under=predictions.under,
+        prediction_error_tokens=predictions.error,
         labels=dict(endpoint.labels),
     )
+
+
+def _standing(events: Stream | None, doubt: str | None) -> str:
+    """What is made of an endpoint's KV events, in a word."""
+    if events is None:
+        return "off"
+    if events.refused:
+        return "refused"
+    return "doubted" if doubt else events.state.value
 
 
 def _known(column: FloatArray, row: int) -> float | None:

@@ -26,6 +26,8 @@ from picker.types import (
     Decision,
     Endpoint,
     EndpointAdded,
+    EventsChanged,
+    EventState,
     Fact,
     Failed,
     FailureReason,
@@ -281,6 +283,8 @@ class Cluster:
         pod = _Pod(engine, phase=float(self._rng.random()) * interval, at=now)
         self._pods[engine.name] = pod
         self._router.apply(EndpointAdded(Endpoint(engine.name, engine.name, self._models)), now)
+        if self._wants_events:
+            self._router.apply(EventsChanged(engine.name, EventState.WHOLE, "from the engine's start"), now)
         self._gauge(pod, now)
         heapq.heappush(self._scrapes, (math.floor(now / interval) * interval + pod.phase, engine.name))
 
@@ -462,9 +466,9 @@ class Cluster:
             return
         if result.removed:
             self._router.apply(BlocksRemoved(pod.name, result.removed), self.kernel.now)
-        if result.stored:
-            stored = tuple(itertools.chain.from_iterable(blocks.hashes for blocks in result.stored))
-            self._router.apply(BlocksStored(pod.name, stored), self.kernel.now)
+        for blocks in result.stored:
+            fact = BlocksStored(pod.name, blocks.hashes, blocks.parent, block_size=pod.engine.profile.block_size)
+            self._router.apply(fact, self.kernel.now)
 
     def _begin(self, pod: _Pod, life: int, number: int) -> None:
         if life != pod.life:

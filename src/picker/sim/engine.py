@@ -78,11 +78,12 @@ class FinishedRequest:
 
 @dataclass(frozen=True, slots=True)
 class StoredBlocks:
-    """Blocks `first`, `first` + 1, ... of a request entered the prefix cache under `hashes`."""
+    """Blocks `first`, `first` + 1, ... of a request entered the prefix cache under `hashes`, after block `parent`."""
 
     request_id: int
     first: int
     hashes: tuple[int, ...]
+    parent: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -527,7 +528,8 @@ class Engine:
             self.pool.register(block, block_hash)
             if block_hash == self._awaited:
                 self._stalled = False
-        batch.stored.append(StoredBlocks(sequence.request.id, first, tuple(hashes)))
+        parent = sequence.hashes[first - 1] if first else None
+        batch.stored.append(StoredBlocks(sequence.request.id, first, tuple(hashes), parent))
 
     # --- how long it takes, and how many steps are like it ----------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The simulated vLLM pod: `Engine` behind the HTTP API of vLLM 0.32, many pods in one process.
 
-Owns routes, requests in flight, faults and listening sockets. Time comes from `PodClock`, bytes from `pod_request` and
-`pod_response`. One process is one event loop; a pod does nothing while nobody asks it anything.
+Owns routes, requests in flight, faults and listening sockets. Engines and their time belong to `pod_rank`, bytes come
+from `pod_request` and `pod_response`, KV events leave through `pod_publisher`. One process is one event loop; a pod
+does nothing while nobody asks it anything.
 """
 
 from __future__ import annotations
@@ -14,35 +15,53 @@ import itertools
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
+import zmq
 
 from picker.errors import ConfigError, WireError
-from picker.sim import pod_request, pod_response, tokens
+from picker.sim import pod_request, pod_response, pod_speech, tokens
 from picker.sim.adapters import AdapterSlots
 from picker.sim.engine import Engine, EngineRequest, FinishedRequest, FinishReason, StepResult
+from picker.sim.engine_hashes import BlockHasher
 from picker.sim.pod_call import Call, Line
 from picker.sim.pod_clock import PodClock
+from picker.sim.pod_events import CacheEvents, Prompted, adapter_path
 from picker.sim.pod_http import Connection, Headers, HttpRequest, Refusal, Reply
 from picker.sim.pod_metrics import CONTENT_TYPE, PodMetrics
-from picker.sim.pod_options import FaultChange, MetricsFault, PodOptions
-from picker.sim.pod_request import Ask, Serving
+from picker.sim.pod_options import EventFault, FaultChange, MetricsFault, PodOptions
+from picker.sim.pod_publisher import EventPublisher
+from picker.sim.pod_rank import Rank, metrics_page
+from picker.sim.pod_request import Ask, FromHeaders, Serving
 from picker.sim.pod_response import Answer, Wording
+from picker.sim.pod_tokenizer import PodTokenizer
 from picker.types import CallKind
 
 VERSION = "0.32.0"
 _BACKLOG = 2048
 _GENERATE = {"/v1/chat/completions": pod_request.parse_chat, "/v1/completions": pod_request.parse_completion}
 _SCALE_OUT = ("/v1/chat/completions/render", "/v1/completions/render", "/inference/v1/generate")
+_MAX_SOCKETS = 65_535  # as many as ZeroMQ allows; its default of 1,023 is 511 pods
 
 
 class Pod:
-    """One pod. `handle` is given every parsed request; everything else is driven by `clock`."""
+    """One pod. `handle` is given every parsed request; everything else is driven by `clock`.
 
-    def __init__(self, options: PodOptions, index: int, clock: PodClock) -> None:
+    tokenizer: instead of four bytes to a token. context: for the sockets of its KV events; None: it publishes none.
+    """
+
+    def __init__(
+        self,
+        options: PodOptions,
+        index: int,
+        clock: PodClock,
+        *,
+        tokenizer: PodTokenizer | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
         self.options = options
         self.profile = options.resolve()
         self.clock = clock
@@ -51,36 +70,79 @@ class Pod:
         self.url = ""  # set by `listen`
         self._connections: set[Connection] = set()
         self._index = index
-        self._serving = Serving((options.model, *options.aliases), options.loras, self.profile.max_model_len)
+        self._serving = Serving(
+            (options.model, *options.aliases), options.loras, self.profile.max_model_len, options.ranks, tokenizer
+        )
         self._ids = itertools.count(1)
+        self._publishers = list(self._make_publishers(context)) if context is not None else []
+        self._ranks: list[Rank] = []
         self._routes = self._make_routes()
         self._paths = {path for _, path in self._routes}
         self._boot()
 
     def _boot(self) -> None:
         """A fresh process: empty cache, counters at zero, nothing in flight."""
-        options = self.options
+        for rank in self._ranks:
+            rank.die()
         self.started_at = time.time()
-        slots = AdapterSlots(options.max_loras, load_s=options.lora_load_s) if options.loras else None
-        rng = np.random.default_rng([options.seed, self._index]) if options.noise else None
-        self.engine = Engine(
-            self.profile,
-            name=f"pod-{self._index}",
-            policy=options.policy,
-            adapters=slots,
-            noise=rng,
-            started_at=self.started_at,
-        )
-        self.engine.slow_down(self.fault.slowdown)
-        self.metrics = PodMetrics(self.engine, options.model, self.started_at)
+        self._ranks = [self._make_rank(number) for number in range(self.options.ranks)]
+        self._turns = itertools.cycle(self._ranks)
+        self._rank_of: dict[int, Rank] = {}
         self._lines: dict[int, Line] = {}
         self._streams: dict[int, Line] = {}
         self._dirty: dict[Call, None] = {}  # in order
         self._entering: list[float] = []  # heap: when requests in the front end reach the engine
         self._unfinished = 0
         self._calls: set[Call] = set()
-        self._stepping = False
-        self._held: StepResult | None = None
+
+    def _make_rank(self, number: int) -> Rank:
+        options = self.options
+        slots = AdapterSlots(options.max_loras, load_s=options.lora_load_s) if options.loras else None
+        own = [number] if number else []
+        engine = Engine(
+            self.profile,
+            name="-".join(map(str, ("pod", self._index, *own))),
+            policy=options.policy,
+            adapters=slots,
+            noise=np.random.default_rng([options.seed, self._index, *own]) if options.noise else None,
+            started_at=self.started_at,
+        )
+        engine.slow_down(self.fault.slowdown)
+        metrics = PodMetrics(engine, options.model, self.started_at)
+        if not self._publishers or options.events is None:
+            return Rank(engine, metrics, self.clock, self)
+        hasher, whole = BlockHasher(options.events.algorithm), options.events.whole_hashes
+        events = CacheEvents(self.profile.block_size, hasher, adapters=options.loras, whole_hashes=whole)
+        return Rank(engine, metrics, self.clock, self, events=events, publisher=self._publishers[number])
+
+    def _make_publishers(self, context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[EventPublisher]:
+        options, ranks = self.options.events, self.options.ranks
+        if options is None:
+            return
+        base = options.port + self._index * ranks * (2 if options.replay else 1)
+        for number in range(ranks):
+            ports = (base + number, base + ranks + number) if options.port else (0, 0)
+            yield EventPublisher(context, options, number, host=self.options.host, ports=ports)
+
+    @property
+    def engine(self) -> Engine:
+        """The first rank's, and where there are no others the only one."""
+        return self._ranks[0].engine
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """By data-parallel rank."""
+        return tuple(rank.engine for rank in self._ranks)
+
+    @property
+    def metrics(self) -> PodMetrics:
+        """The first rank's, which count what has no rank."""
+        return self._ranks[0].metrics
+
+    @property
+    def publishers(self) -> tuple[EventPublisher, ...]:
+        """By data-parallel rank; empty where no KV events are published."""
+        return tuple(self._publishers)
 
     @property
     def in_flight(self) -> int:
@@ -118,7 +180,7 @@ class Pod:
             ("GET", "/load"): self._server_load,
             ("GET", "/metrics"): self._metrics_page,
             ("GET", "/v1/models"): self._models,
-            ("GET", "/kv_event_sources"): lambda _, reply: reply.send(200, b"{}"),
+            ("GET", "/kv_event_sources"): self._event_sources,
             ("POST", "/v1/chat/completions"): self._generate,
             ("POST", "/v1/completions"): self._generate,
             ("POST", "/tokenize"): lambda r, reply: reply.send(200, pod_request.tokenize(r.body, self._serving)),
@@ -127,7 +189,7 @@ class Pod:
             ("GET", "/_sim/fault"): self._show_fault,
             ("POST", "/_sim/fault"): self._change_fault,
         }
-        return routes | {("POST", path): _scale_out_disabled for path in _SCALE_OUT}
+        return routes | {("POST", path): self._scale_out for path in _SCALE_OUT}
 
     def _health(self, request: HttpRequest, reply: Reply) -> None:
         reply.send(200, b"", "text/plain; charset=utf-8")
@@ -139,7 +201,8 @@ class Pod:
     def _metrics_page(self, request: HttpRequest, reply: Reply) -> None:
         match self.fault.metrics:
             case MetricsFault.NONE:
-                reply.send(200, self.metrics.render(time.time()), CONTENT_TYPE)
+                page = metrics_page([rank.metrics for rank in self._ranks], time.time())
+                reply.send(200, page, CONTENT_TYPE)
             case MetricsFault.REFUSE:
                 reply.reset()
             case MetricsFault.HTML:
@@ -148,12 +211,30 @@ class Pod:
     def _models(self, request: HttpRequest, reply: Reply) -> None:
         first = self.options.model
         bases = ((name, first, None, self.profile.max_model_len) for name in self._serving.models)
-        adapters = ((name, f"/adapters/{name}", first, None) for name in self._serving.adapters)
+        adapters = ((name, adapter_path(name), first, None) for name in self._serving.adapters)
         data = [_model(*entry) for entry in (*bases, *adapters)]
         reply.send(200, msgspec.json.encode({"object": "list", "data": data}))
 
     def _reset_prefix_cache(self, request: HttpRequest, reply: Reply) -> None:
-        reply.send(200, msgspec.json.encode({"success": self.engine.reset_prefix_cache()}))
+        reset = [rank.reset_prefix_cache() for rank in self._ranks]
+        reply.send(200, msgspec.json.encode({"success": all(reset)}))
+
+    def _event_sources(self, request: HttpRequest, reply: Reply) -> None:
+        sources = {str(number): publisher.source for number, publisher in enumerate(self._publishers)}
+        reply.send(200, msgspec.json.encode(sources))
+
+    def _scale_out(self, request: HttpRequest, reply: Reply) -> None:
+        if not self.options.scale_out:
+            raise WireError(
+                "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them.",
+                status=403,
+                kind="PermissionDeniedError",
+            )
+        path = request.path.removesuffix("/render")
+        if path not in _GENERATE:
+            raise WireError("token-in-token-out generation is not simulated", status=501, kind="NotImplementedError")
+        ask = self._parse(request)
+        reply.send(200, pod_request.rendered(ask, self._serving, ask.id or secrets.token_hex(8)))
 
     # --- generating -------------------------------------------------------------------------------------------
 
@@ -164,7 +245,7 @@ class Pod:
         if self.fault.error_status is not None:
             raise WireError("injected fault", status=self.fault.error_status, kind="InternalServerError")
         ask = self._parse(request)
-        answers = pod_response.plan(ask, self.profile.max_model_len)
+        answers = self._plan(ask)
         limit = self.options.max_queued
         if limit is not None and self._unfinished + len(answers) > limit:
             self.metrics.rejections += 1
@@ -185,10 +266,17 @@ class Pod:
                 "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed", kind="Bad Request"
             )
         rank = request.header(b"x-data-parallel-rank") or ""
-        if rank.isdecimal() and int(rank) != 0:
-            raise WireError(f"data_parallel_rank {rank} is out of range [0, 1).")
-        named, priority = request.header(b"x-request-id"), request.header(b"x-vllm-priority")
-        return _GENERATE[request.path](request.body, self._serving, named=named, priority=_integer(priority))
+        pinned = int(rank) if rank.isdecimal() else None
+        if pinned is not None and pinned >= self.options.ranks:
+            raise WireError(f"data_parallel_rank {rank} is out of range [0, {self.options.ranks}).")
+        named, session = request.header(b"x-request-id"), request.header(b"x-session-id")
+        priority = _integer(request.header(b"x-vllm-priority"))
+        parse = _GENERATE[request.path.removesuffix("/render")]
+        return parse(request.body, self._serving, FromHeaders(named, priority, pinned, session))
+
+    def _plan(self, ask: Ask) -> list[Answer]:
+        tokenizer, limit = self._serving.tokenizer, self.profile.max_model_len
+        return pod_response.plan(ask, limit) if tokenizer is None else pod_speech.plan(ask, limit, tokenizer)
 
     def _admit(self, call: Call, request: HttpRequest) -> None:
         """Let the front end work on a request; then it reaches the engine."""
@@ -198,26 +286,25 @@ class Pod:
         call.report_format = request.header(b"endpoint-load-metrics-format")
         due = call.arrived_at + self.profile.front_end(sum(len(prompt) for prompt in call.ask.prompts))
         heapq.heappush(self._entering, due)
-        engine = self.engine
-        self.clock.at(due, lambda: self._enter(call, engine))
+        ranks = self._ranks
+        self.clock.at(due, lambda: self._enter(call, ranks))
 
-    def _enter(self, call: Call, engine: Engine) -> None:
-        if engine is not self.engine:
+    def _enter(self, call: Call, ranks: list[Rank]) -> None:
+        if ranks is not self._ranks:
             return
         heapq.heappop(self._entering)
         if call.reply.done:
             return
         if call.ask.stream:
             call.reply.start()
-        for answer in call.answers:
-            self._add(call, answer)
-        if not self._stepping:
-            self._step(self.clock.now)
+        for rank in {self._add(call, answer): None for answer in call.answers}:
+            rank.wake()
 
-    def _add(self, call: Call, answer: Answer) -> None:
+    def _add(self, call: Call, answer: Answer) -> Rank:
+        """Queue one answer at a rank: the one asked for, else the next in turn."""
         ask = call.ask
-        said = np.frombuffer(answer.text, dtype="<u4") if len(answer.text) % 4 == 0 else answer.prompt[:0]
-        whole = np.concatenate([answer.prompt, said])
+        rank = next(self._turns) if ask.rank is None else self._ranks[ask.rank]
+        whole = np.concatenate([answer.prompt, pod_speech.said(answer, ask.choices)])
         seed = tokens.namespace(self.options.model, ask.adapter, ask.salt)
         request = EngineRequest(
             id=next(self._ids),
@@ -229,51 +316,37 @@ class Pod:
             lora=ask.adapter,
             ends_with=FinishReason(answer.reason),
         )
-        line = Line(call, answer)
+        line = pod_speech.line(call, answer)
         self._lines[request.id] = line
+        self._rank_of[request.id] = rank
         if ask.stream:
             self._streams[request.id] = line
         call.ids.append(request.id)
-        self.engine.add(request, self.clock.now)
+        rank.add(request, Prompted(whole, ask.adapter, ask.salt, ask.session))
+        return rank
 
     def _client_gone(self, call: Call) -> None:
         self._forget(call)
-        now = self.clock.now
         for number in call.ids:
             if self._lines.pop(number, None) is not None:
                 self._streams.pop(number, None)
-                self.engine.abort(number, now)
+                self._rank_of.pop(number).abort(number)
 
     def _forget(self, call: Call) -> None:
         self._calls.discard(call)
         self._unfinished -= len(call.answers) - len(call.records)
 
-    # --- the engine's time ------------------------------------------------------------------------------------
+    # --- what ranks ask -----------------------------------------------------------------------------------------
 
-    def _step(self, now: float) -> None:
-        """Begin the next engine step, or several where the loop is behind and nobody can have come in between."""
-        self._stepping = False
-        if self.fault.hang:
-            return
-        horizon = min([self.clock.known_until, *self._entering[:1]])
-        result = self.engine.step(now, horizon)
-        if result is None:
-            return
-        self._stepping = True
-        engine = self.engine
-        self.clock.at(now + result.duration, lambda: self._step_ended(result, engine))
+    @property
+    def hung(self) -> bool:
+        return self.fault.hang
 
-    def _step_ended(self, result: StepResult, engine: Engine) -> None:
-        if engine is not self.engine:
-            return
-        if self.fault.hang:
-            self._held = result
-            return
-        self._deliver(result)
-        self._step(self.clock.now)
+    @property
+    def next_arrival(self) -> float | None:
+        return self._entering[0] if self._entering else None
 
-    def _deliver(self, result: StepResult) -> None:
-        self.metrics.step(result)
+    def deliver(self, result: StepResult) -> None:
         if not self._dirty:
             self.clock.afterwards(self._flush)
         ended = {record.id: record for record in result.finished}
@@ -292,7 +365,8 @@ class Pod:
         self._streams.pop(number, None)
         self._unfinished -= 1
         call.records[line.answer.index] = record
-        self.metrics.finished(record, max_tokens=call.ask.max_tokens, choices=call.ask.choices)
+        metrics = self._rank_of.pop(number).metrics
+        metrics.finished(record, max_tokens=call.ask.max_tokens, choices=call.ask.choices)
         if call.complete:
             self._dirty[call] = None
 
@@ -331,21 +405,36 @@ class Pod:
     # --- faults -----------------------------------------------------------------------------------------------
 
     def _show_fault(self, request: HttpRequest, reply: Reply) -> None:
-        reply.send(200, msgspec.json.encode(self.fault))
+        shown = msgspec.to_builtins(self.fault)
+        if self._publishers:
+            shown["events"] = msgspec.to_builtins(self._publishers[0].fault)
+        reply.send(200, msgspec.json.encode(shown))
 
     def _change_fault(self, request: HttpRequest, reply: Reply) -> None:
         hung = self.fault.hang
         try:
             change = msgspec.json.decode(request.body or b"{}", type=FaultChange)
-            self.fault = change.applied_to(self.fault)
+            fault, of_events = change.applied_to(self.fault), self._event_faults(change)
         except (msgspec.DecodeError, UnicodeDecodeError, ConfigError) as error:
             raise WireError(f"fault: {error}") from None
-        self.engine.slow_down(self.fault.slowdown)
+        self.fault = fault
+        for rank in self._ranks:
+            rank.engine.slow_down(fault.slowdown)
+        for publisher, wrong in zip(self._publishers, of_events, strict=False):
+            publisher.misbehave(wrong)
         if hung and not self.fault.hang:
             self._resume()
         self._show_fault(request, reply)
         if change.restart or change.down_s:
             self.restart(down_s=change.down_s, spare=reply.connection)
+
+    def _event_faults(self, change: FaultChange) -> list[EventFault]:
+        """By rank; none where they stay as they are."""
+        if change.events is None:
+            return []
+        if not self._publishers:
+            raise ConfigError("events: this pod publishes no KV events")
+        return [change.events.applied_to(publisher.fault) for publisher in self._publishers]
 
     def restart(self, *, down_s: float = 0.0, spare: Connection | None = None) -> None:
         """Die, resetting all connections but `spare`, and come back empty after `down_s` virtual seconds.
@@ -355,22 +444,25 @@ class Pod:
         for call in self._calls:
             call.reply.on_gone = None
         self.disconnect(spare)
-        self._boot()
-        if down_s > 0:
-            self._down = True
+        for publisher in self._publishers:
+            publisher.restart()
+        self._down = down_s > 0
+        if self._down:
+            self._boot()
             self.clock.at(self.clock.now + down_s, self._revive)
+        else:
+            self._revive()
 
     def _revive(self) -> None:
         self._down = False
         self._boot()
+        for publisher in self._publishers:
+            publisher.reopen()
 
     def _resume(self) -> None:
         """After a hang: time went on, the engine did not."""
-        held, self._held = self._held, None
-        if held is not None:
-            self._deliver(held)
-        if held is not None or not self._stepping:
-            self._step(self.clock.now)
+        for rank in self._ranks:
+            rank.resume()
         self._flush()
 
     # --- sockets ----------------------------------------------------------------------------------------------
@@ -383,8 +475,21 @@ class Pod:
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         bound = server.sockets[0].getsockname()[1]
-        self.url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
+        address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        self.url = f"http://{address}"
+        try:
+            for publisher in self._publishers:
+                publisher.open(address=address, model=self.options.model)
+        except ConfigError:
+            server.close()
+            raise
         return server
+
+    def close(self) -> None:
+        """Reset every client's connection and close the event sockets."""
+        self.disconnect()
+        for publisher in self._publishers:
+            publisher.close()
 
     def disconnect(self, spare: Connection | None = None) -> None:
         """Reset every client's connection but `spare`."""
@@ -398,12 +503,14 @@ class Pod:
 
 @contextlib.asynccontextmanager
 async def open_pods(options: PodOptions, clock: PodClock | None = None) -> AsyncIterator[list[Pod]]:
-    """Pods that serve until the end of the block. Raises ConfigError when a port is taken.
+    """Pods that serve until the end of the block. Raises ConfigError when a port is taken or a tokenizer unusable.
 
     clock: instead of one that runs `time_scale` times as fast as the wall's.
     """
+    tokenizer = PodTokenizer.load(options.tokenizer) if options.tokenizer else None
     clock = clock or PodClock(options.time_scale)
-    pods = [Pod(options, index, clock) for index in range(options.count)]
+    context = _event_context() if options.events else None
+    pods = [Pod(options, index, clock, tokenizer=tokenizer, context=context) for index in range(options.count)]
     servers: list[asyncio.Server] = []
     try:
         for index, pod in enumerate(pods):
@@ -414,7 +521,9 @@ async def open_pods(options: PodOptions, clock: PodClock | None = None) -> Async
         for server in servers:
             server.close()
         for pod in pods:
-            pod.disconnect()
+            pod.close()
+        if context is not None:
+            context.term()
         for server in servers:
             await server.wait_closed()
 
@@ -446,12 +555,10 @@ async def run(options: PodOptions, on_ready: Callable[[list[str]], None] = lambd
             loop.remove_signal_handler(number)
 
 
-def _scale_out_disabled(request: HttpRequest, reply: Reply) -> None:
-    raise WireError(
-        "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them.",
-        status=403,
-        kind="PermissionDeniedError",
-    )
+def _event_context() -> zmq.Context[zmq.Socket[bytes]]:
+    context = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+    return context
 
 
 def _model(name: str, root: str, parent: str | None, max_model_len: int | None) -> dict[str, Any]:

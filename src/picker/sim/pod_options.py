@@ -7,11 +7,14 @@ import enum
 import math
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from picker.errors import ConfigError
 from picker.sim.engine import Policy
+from picker.sim.engine_hashes import HashAlgorithm
 from picker.sim.latency import Profile, profile
 
 _ERRORS = frozenset(status.value for status in HTTPStatus if status >= 400)
@@ -45,6 +48,62 @@ class Fault:
             raise ConfigError(f"fault: error_status must be an HTTP error, got {self.error_status}")
 
 
+@dataclass(frozen=True, slots=True)
+class EventFault:
+    """How a pod's KV events misbehave; its cache and the numbers of the batches do not.
+
+    drop, garbage: that many of the next batches are not sent, or sent as nonsense; a replay has them whole.
+    stall: nothing is sent or replayed until it ends, then everything. arrays: events in the form of before June 2026.
+    block_size: what stores claim instead of the real one.
+    """
+
+    drop: int = 0
+    garbage: int = 0
+    stall: bool = False
+    arrays: bool = False
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.drop < 0 or self.garbage < 0:
+            raise ConfigError(f"fault: events: drop and garbage count batches, got {self.drop} and {self.garbage}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventOptions:
+    """vLLM's `--kv-events-config`, and what differs between its releases.
+
+    port: of the first pod's first rank; the other ranks' follow, then as many for replays, then the next pod's.
+    0: free ones. replay: have a replay socket. buffer_steps: batches kept for it. hwm: batches on the way to a
+    subscriber before it loses some. topic: may name {address} (host:port of the pod) and {model}, as llm-d's does.
+    algorithm: of the block hashes; whole_hashes: tell all 32 bytes (VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES=0).
+    arrays: events as arrays, as before 0.24. replay_topic: replays begin with the topic, as since 0.26.
+    """
+
+    port: int = 0
+    replay: bool = True
+    buffer_steps: int = 10_000
+    hwm: int = 100_000
+    max_queue_size: int = 100_000
+    topic: str = ""
+    algorithm: HashAlgorithm = HashAlgorithm.SHA256
+    whole_hashes: bool = False
+    arrays: bool = False
+    replay_topic: bool = True
+    fault: EventFault = EventFault()
+
+    def __post_init__(self) -> None:
+        if self.port < 0 or self.buffer_steps < 1 or self.hwm < 1:
+            raise ConfigError("KV events: the port cannot be negative, and the buffer and its limit hold something")
+        try:
+            self.named(address="", model="")
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ConfigError(f"KV events: the topic {self.topic!r} may name {{address}} and {{model}} only") from None
+
+    def named(self, *, address: str, model: str) -> str:
+        """The topic of a pod at this address."""
+        return self.topic.format(address=address, model=model)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodOptions:
     """A group of equal pods on ports `port`, `port` + 1, ...; port 0 takes free ones.
@@ -52,7 +111,9 @@ class PodOptions:
     model: served name; aliases: further ones; loras: adapters, of which max_loras run at once. profile: cost and size.
     kv_tokens ... max_model_len: instead of the profile's. time_scale: virtual seconds per wall second; all latencies,
     those in /metrics too, are virtual. max_queued: unfinished requests before 503, None for no limit, as in vLLM.
-    noise: vary step times as the profile says, from `seed`.
+    noise: vary step times as the profile says, from `seed`. ranks: data-parallel engines behind each port. events:
+    publish KV events. scale_out: serve the render and token-in-token-out routes. tokenizer: folder with a model's
+    tokenizer.json and tokenizer_config.json, to tokenize and to speak as that model's engine would.
     """
 
     count: int = 1
@@ -77,10 +138,18 @@ class PodOptions:
     noise: bool = True
     seed: int = 0
     fault: Fault = Fault()
+    ranks: int = 1
+    events: EventOptions | None = None
+    scale_out: bool = False
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.time_scale <= 0:
             raise ConfigError("simulated pods: count must be at least 1 and the time scale above 0")
+        if self.ranks < 1:
+            raise ConfigError(f"simulated pods: a pod has at least one data-parallel rank, got {self.ranks}")
+        if self.events is not None and self.events.port + 2 * self.count * self.ranks > 65_536:
+            raise ConfigError(f"simulated pods: too few ports for KV events from {self.events.port} on")
 
     def resolve(self) -> Profile:
         """The profile with these options' limits. Raises ConfigError."""
@@ -95,8 +164,21 @@ class PodOptions:
         return dataclasses.replace(chosen, max_model_len=min(chosen.max_model_len, fits))
 
 
+class EventFaultChange(msgspec.Struct, forbid_unknown_fields=True):
+    """The `events` of a FaultChange. Fields left out stay as they are."""
+
+    drop: int | msgspec.UnsetType = msgspec.UNSET
+    garbage: int | msgspec.UnsetType = msgspec.UNSET
+    stall: bool | msgspec.UnsetType = msgspec.UNSET
+    arrays: bool | msgspec.UnsetType = msgspec.UNSET
+    block_size: int | msgspec.UnsetType | None = msgspec.UNSET
+
+    def applied_to(self, fault: EventFault) -> EventFault:
+        return dataclasses.replace(fault, **_given(self, fault))
+
+
 class FaultChange(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of POST /_sim/fault. Fields left out stay as they are.
+    """Body of POST /_sim/fault. Fields left out stay as they are. events: of all ranks of a pod that publishes them.
 
     restart: lose everything in flight and cached, at once. down_s: be dead that many virtual seconds, then restart.
     """
@@ -106,11 +188,14 @@ class FaultChange(msgspec.Struct, forbid_unknown_fields=True):
     error_status: int | msgspec.UnsetType | None = msgspec.UNSET
     metrics: MetricsFault | msgspec.UnsetType = msgspec.UNSET
     slowdown: float | msgspec.UnsetType = msgspec.UNSET
+    events: EventFaultChange | None = None
     restart: bool = False
     down_s: float = 0.0
 
     def applied_to(self, fault: Fault) -> Fault:
-        changes = {
-            f.name: value for f in dataclasses.fields(fault) if (value := getattr(self, f.name)) is not msgspec.UNSET
-        }
-        return dataclasses.replace(fault, **changes)
+        return dataclasses.replace(fault, **_given(self, fault))
+
+
+def _given(change: FaultChange | EventFaultChange, fault: Fault | EventFault) -> dict[str, Any]:
+    values = ((field.name, getattr(change, field.name)) for field in dataclasses.fields(fault))
+    return {name: value for name, value in values if value is not msgspec.UNSET}

@@ -6,15 +6,16 @@ Pure. Knows no engine, no connection and no answer. Refusals are `WireError`s wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from picker.errors import WireError
 from picker.sim import tokens
+from picker.sim.pod_tokenizer import PodTokenizer
 from picker.sim.tokens import Message, TokenArray
 from picker.types import CallKind
 
@@ -28,18 +29,32 @@ _MAX_SALT = 128
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the pod serves: model names (the first is reported), adapters, context length in tokens."""
+    """What the pod serves: model names (the first is reported), adapters, context length in tokens, engines.
+
+    tokenizer: None for the one of `sim.tokens`.
+    """
 
     models: tuple[str, ...]
     adapters: tuple[str, ...]
     max_model_len: int
+    ranks: int = 1
+    tokenizer: PodTokenizer | None = None
+
+
+class FromHeaders(NamedTuple):
+    """What headers say of a request beside its body. rank: the data-parallel rank asked for."""
+
+    id: str | None = None
+    priority: int | None = None
+    rank: int | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
     """One generate request. id: what the client calls it, if it does. model: the name to report.
 
-    max_tokens None: until the answer ends by itself.
+    max_tokens None: until the answer ends by itself. rank None: any.
     """
 
     kind: CallKind
@@ -58,6 +73,8 @@ class Ask:
     continuous_usage: bool
     salt: str | None
     priority: int
+    rank: int | None
+    session: str | None
 
 
 # --- bodies ------------------------------------------------------------------------------------------------
@@ -88,6 +105,8 @@ class _Body(msgspec.Struct):
     priority: int | None = 0
     cache_salt: str | None = None
     request_id: str | None = None
+    session_id: str | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -95,12 +114,13 @@ class _ChatBody(_Body, kw_only=True):
     tools: list[Any] | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = True
-    kv_transfer_params: dict[str, Any] | None = None
+    add_special_tokens: bool | None = False
 
 
 class _CompletionBody(_Body, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = False
+    add_special_tokens: bool | None = True
 
 
 class _TokenizeBody(msgspec.Struct):
@@ -109,6 +129,8 @@ class _TokenizeBody(msgspec.Struct):
     messages: list[_ChatMessage] | None = None
     tools: list[Any] | None = None
     add_generation_prompt: bool | None = True
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = False
 
 
 class _DetokenizeBody(msgspec.Struct):
@@ -122,31 +144,26 @@ _tokenize = msgspec.json.Decoder(_TokenizeBody)
 _detokenize = msgspec.json.Decoder(_DetokenizeBody)
 
 
-def parse_chat(body: bytes, serving: Serving, *, named: str | None = None, priority: int | None = None) -> Ask:
-    """A /v1/chat/completions body. named, priority: id and priority from headers; they beat the body's.
-
-    Raises WireError.
-    """
+def parse_chat(body: bytes, serving: Serving, headers: FromHeaders = FromHeaders()) -> Ask:
+    """A /v1/chat/completions body; what headers say beats it. Raises WireError."""
     parsed = _decode(_chat, body)
     limit = parsed.max_tokens if parsed.max_completion_tokens is None else parsed.max_completion_tokens
-    given = (parsed.kv_transfer_params or {}).get("prompt_token_ids")
     model, adapter = _served(parsed.model, serving)
-    if given is not None:
-        prompt = _token_ids(given)
-    else:
-        prompt = _conversation(parsed.messages, parsed.tools, parsed.add_generation_prompt, model)
-    return _ask(CallKind.CHAT, parsed, serving, (prompt,), (model, adapter), limit, named, priority)
+    given = _given_ids(parsed, serving)
+    prompt = _conversation(parsed, body, serving, model) if given is None else given
+    return _ask(CallKind.CHAT, parsed, serving, (prompt,), (model, adapter), limit, headers)
 
 
-def parse_completion(body: bytes, serving: Serving, *, named: str | None = None, priority: int | None = None) -> Ask:
+def parse_completion(body: bytes, serving: Serving, headers: FromHeaders = FromHeaders()) -> Ask:
     """A /v1/completions body: a text, texts, ids, or lists of ids. Raises WireError."""
     parsed = _decode(_completion, body)
     served = _served(parsed.model, serving)
     if parsed.echo:
         raise WireError("echo is not simulated", param="echo")
-    prompts = tuple(_prompts(parsed.prompt))
+    given = _given_ids(parsed, serving)
+    prompts = tuple(_prompts(parsed, serving)) if given is None else (given,)
     limit = _DEFAULT_COMPLETION_TOKENS if parsed.max_tokens is None else parsed.max_tokens
-    return _ask(CallKind.COMPLETION, parsed, serving, prompts, served, limit, named, priority)
+    return _ask(CallKind.COMPLETION, parsed, serving, prompts, served, limit, headers)
 
 
 def tokenize(body: bytes, serving: Serving) -> bytes:
@@ -154,12 +171,13 @@ def tokenize(body: bytes, serving: Serving) -> bytes:
     parsed = _decode(_tokenize, body)
     model, _ = _served(parsed.model, serving)
     if parsed.messages is not None:
-        ids = _conversation(parsed.messages, parsed.tools, parsed.add_generation_prompt, model)
+        ids = _conversation(parsed, body, serving, model)
     elif parsed.prompt is not None:
-        ids = tokens.encode(parsed.prompt)
+        ids = _encoded(parsed.prompt, serving, special=parsed.add_special_tokens is not False)
     else:
         raise _invalid("missing", "body.prompt", "Field required", body)
-    answer = {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids.tolist(), "token_strs": None}
+    names = _token_names(ids, serving) if parsed.return_token_strs else None
+    answer = {"count": len(ids), "max_model_len": serving.max_model_len, "tokens": ids.tolist(), "token_strs": names}
     return msgspec.json.encode(answer)
 
 
@@ -167,7 +185,51 @@ def detokenize(body: bytes, serving: Serving) -> bytes:
     """The answer to POST /detokenize. Raises WireError."""
     parsed = _decode(_detokenize, body)
     _served(parsed.model, serving)
-    return msgspec.json.encode({"prompt": tokens.decode(_token_ids(parsed.tokens))})
+    ids = _token_ids(parsed.tokens, serving)
+    text = tokens.decode(ids) if serving.tokenizer is None else serving.tokenizer.decode(ids)
+    return msgspec.json.encode({"prompt": text})
+
+
+def rendered(ask: Ask, serving: Serving, name: str) -> bytes:
+    """The answer of the render route that a request came by: an object for a chat, a list of them for prompts.
+
+    name: the request's id without its prefix. Of the sampling parameters only those that the simulator knows.
+    """
+    requests = [_rendered(ask, serving, name, prompt) for prompt in ask.prompts]
+    return msgspec.json.encode(requests[0] if ask.kind is CallKind.CHAT else requests)
+
+
+def _rendered(ask: Ask, serving: Serving, name: str, prompt: TokenArray) -> dict[str, Any]:
+    room = serving.max_model_len - len(prompt)
+    sampling = {
+        "n": ask.choices,
+        "stop": ask.stop,
+        "ignore_eos": ask.ignore_eos,
+        "max_tokens": min(ask.max_tokens or room, room),
+        "min_tokens": ask.min_tokens,
+        "include_stop_str_in_output": ask.keep_stop,
+        "output_kind": 2,
+        "skip_clone": True,
+    }
+    return {
+        "request_id": f"{'chatcmpl' if ask.kind is CallKind.CHAT else 'cmpl'}-{name}",
+        "token_ids": prompt.tolist(),
+        "token_offsets": None,
+        "features": None,
+        "content_parts": None,
+        "sampling_params": sampling,
+        "model": ask.model,
+        "reasoning_ended": None,
+        "reasoning_parser_kwargs": None,
+        "return_token_ids": None,
+        "output_mode": "tokens",
+        "stream": ask.stream,
+        "stream_options": {"include_usage": ask.include_usage} if ask.include_usage else None,
+        "cache_salt": ask.salt,
+        "priority": ask.priority,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+    }
 
 
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -216,12 +278,13 @@ def _served(model: str | None, serving: Serving) -> tuple[str, str | None]:
     )
 
 
-def _conversation(
-    messages: Sequence[_ChatMessage], tools: list[Any] | None, open_answer: bool | None, model: str
-) -> TokenArray:
-    preamble = "# Tools\n" + msgspec.json.encode(tools).decode() if tools else ""
-    said = (Message(m.role, _content(m, model)) for m in messages)
-    return tokens.encode_chat(said, preamble=preamble, open_answer=open_answer is not False)
+def _conversation(parsed: _ChatBody | _TokenizeBody, body: bytes, serving: Serving, model: str) -> TokenArray:
+    said = [Message(m.role, _content(m, model)) for m in parsed.messages or ()]
+    if serving.tokenizer is not None:
+        # Templates write special tokens themselves, so nothing is added unless the body wants it.
+        return serving.tokenizer.encode_chat(msgspec.json.decode(body), special=bool(parsed.add_special_tokens))
+    preamble = "# Tools\n" + msgspec.json.encode(parsed.tools).decode() if parsed.tools else ""
+    return tokens.encode_chat(said, preamble=preamble, open_answer=parsed.add_generation_prompt is not False)
 
 
 def _content(message: _ChatMessage, model: str) -> str:
@@ -239,21 +302,42 @@ def _joined(parts: Iterable[dict[str, Any]], model: str) -> str:
     return "\n".join(texts)
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> Iterable[TokenArray]:
+def _prompts(parsed: _CompletionBody, serving: Serving) -> Iterable[TokenArray]:
+    prompt, special = parsed.prompt, parsed.add_special_tokens is not False
     if isinstance(prompt, str):
-        return (tokens.encode(prompt),)
+        return (_encoded(prompt, serving, special=special),)
     if prompt and isinstance(prompt[0], int):
-        return (_token_ids(prompt),)
+        return (_token_ids(prompt, serving),)
     if len(prompt) > _MAX_PROMPTS:
         raise WireError(f"at most {_MAX_PROMPTS} prompts in one request", param="prompt")
-    return (tokens.encode(part) if isinstance(part, str) else _token_ids(part) for part in prompt)
+    return (
+        _encoded(part, serving, special=special) if isinstance(part, str) else _token_ids(part, serving)
+        for part in prompt
+    )
 
 
-def _token_ids(ids: Any) -> TokenArray:
+def _given_ids(parsed: _Body, serving: Serving) -> TokenArray | None:
+    """A prompt that the gateway has tokenized already, in the place of the text."""
+    given = (parsed.kv_transfer_params or {}).get("prompt_token_ids")
+    return None if given is None else _token_ids(given, serving)
+
+
+def _encoded(text: str, serving: Serving, *, special: bool) -> TokenArray:
+    return tokens.encode(text) if serving.tokenizer is None else serving.tokenizer.encode(text, special=special)
+
+
+def _token_names(ids: TokenArray, serving: Serving) -> list[str]:
+    if serving.tokenizer is not None:
+        return serving.tokenizer.names(ids)
+    return [tokens.decode(ids[at : at + 1]) for at in range(len(ids))]
+
+
+def _token_ids(ids: Any, serving: Serving) -> TokenArray:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise WireError("token ids must be a list of integers")
+    size = tokens.VOCABULARY if serving.tokenizer is None else serving.tokenizer.vocabulary
     for extreme in (min(ids, default=0), max(ids, default=0)):
-        if not 0 <= extreme < tokens.VOCABULARY:
+        if not 0 <= extreme < size:
             raise WireError(f"Token id {extreme} is out of vocabulary")
     return np.array(ids, dtype="<u4")
 
@@ -265,8 +349,7 @@ def _ask(
     prompts: tuple[TokenArray, ...],
     served: tuple[str, str | None],
     max_tokens: int | None,
-    named: str | None,
-    priority: int | None,
+    headers: FromHeaders,
 ) -> Ask:
     options = body.stream_options
     if options is not None and not body.stream:
@@ -278,7 +361,7 @@ def _ask(
     _check(body, serving, prompts, stop, choices, max_tokens)
     return Ask(
         kind=kind,
-        id=named or body.request_id or None,
+        id=headers.id or body.request_id or None,
         model=served[0],
         adapter=served[1],
         prompts=prompts,
@@ -292,7 +375,9 @@ def _ask(
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         salt=body.cache_salt,
-        priority=(body.priority or 0) if priority is None else priority,
+        priority=(body.priority or 0) if headers.priority is None else headers.priority,
+        rank=headers.rank,
+        session=body.session_id or headers.session,
     )
 
 

@@ -111,19 +111,19 @@ def answer_length(seed: int) -> int:
 
     An assumption; chat traces show medians of 130 to 350 and tails of a few thousand.
     """
-    uniform = (_numbers(seed, 2) >> np.uint64(11)).astype(np.float64) / (1 << 53)
+    uniform = (numbers(seed, 2) >> np.uint64(11)).astype(np.float64) / (1 << 53)
     normal = np.sqrt(-2.0 * np.log(1.0 - uniform[0])) * np.cos(2.0 * np.pi * uniform[1])
     return int(np.clip(200.0 * np.exp(0.7 * normal), 16, 2048))
 
 
 @functools.cache
 def _book() -> bytes:
-    numbers = _numbers(0, _BOOK_TOKENS)
+    drawn = numbers(0, _BOOK_TOKENS)
     text = np.empty((_BOOK_TOKENS, BYTES_PER_TOKEN), dtype=np.uint8)
     text[:, 0] = ord(" ")
-    text[:, 1] = _CONSONANTS[numbers >> np.uint64(60)]
-    text[:, 2] = _VOWELS[(numbers >> np.uint64(58)) & np.uint64(3)]
-    text[:, 3] = _CONSONANTS[(numbers >> np.uint64(54)) & np.uint64(15)]
+    text[:, 1] = _CONSONANTS[drawn >> np.uint64(60)]
+    text[:, 2] = _VOWELS[(drawn >> np.uint64(58)) & np.uint64(3)]
+    text[:, 3] = _CONSONANTS[(drawn >> np.uint64(54)) & np.uint64(15)]
     return text.tobytes()
 
 
@@ -143,7 +143,7 @@ def _splitmix(z: UInt64Array) -> UInt64Array:
     return z ^ (z >> np.uint64(31))
 
 
-def _numbers(seed: int, count: int) -> UInt64Array:
+def numbers(seed: int, count: int) -> UInt64Array:
     """The first `count` SplitMix64 numbers of a seed; number i does not depend on `count`."""
     start = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
     return _splitmix(start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
@@ -156,7 +156,7 @@ def _weights(seed: int, count: int) -> UInt64Array:
 
 @functools.lru_cache(maxsize=64)
 def _weight_table(seed: int, bits: int) -> UInt64Array:
-    return _numbers(seed, 1 << bits) | np.uint64(1)
+    return numbers(seed, 1 << bits) | np.uint64(1)
 
 
 def _fold(data: bytes) -> int:

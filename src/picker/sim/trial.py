@@ -25,8 +25,8 @@ _ARRIVALS, _NOISE, _SCRAPES, _ROUTER = range(4)
 class Trial:
     """policy: a name of `sim.policies`. load: what `rate` is of the stable rate, None where nobody knows.
 
-    limit: requests at most. scrape_interval: seconds, None: the scenario's. exact: peers are told by KV events what is
-    cached. patience: with endpoints that say nothing; None: endless.
+    limit: requests at most. scrape_interval: seconds, None: the scenario's. exact: routers are told by KV events what
+    is cached. patience: with endpoints that say nothing; None: endless.
     """
 
     scenario: Scenario

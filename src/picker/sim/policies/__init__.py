@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from picker.core.profile import Cost, Profile, Weighted
 from picker.core.scheduler import Scheduler, Settings
 from picker.errors import ConfigError
 from picker.prefix.approximate import ApproximateIndex
+from picker.prefix.exact import Exact as Told
+from picker.prefix.precise import PreciseIndex
+from picker.prefix.spellers import ByHash
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
 from picker.sim import latency
@@ -32,6 +35,7 @@ from picker.sim.policies.peer import Peer
 from picker.sim.policies.sglang_cache_aware import SglangCacheAware
 
 _INDEX_BUDGET = 1 << 30
+_TOLD = "-exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class PoolDescription:
     """What an operator would tell a router. pods: how many there are at the start. block_tokens: of the block hashes.
 
     profile: the pods' as it is published; their real speeds may differ, and a router has to find out.
-    exact: peers are told by KV events what the engines cache, and do not have to learn it from what they send.
+    exact: routers are told by KV events what the engines cache, and do not have to learn it from what they send.
     """
 
     pods: int
@@ -55,7 +59,8 @@ Factory = Callable[[PoolDescription, int], Router]
 def scheduler(pool: PoolDescription, seed: int, profile: Profile) -> Scheduler:
     """The real scheduler with `profile`, its index of the pool's block size."""
     settings = Settings(block_bytes=pool.block_tokens * BYTES_PER_TOKEN, seed=seed)
-    return Scheduler(settings, ApproximateIndex(_INDEX_BUDGET), profile)
+    exact = Told(PreciseIndex(_INDEX_BUDGET), ByHash()) if pool.exact else None
+    return Scheduler(settings, ApproximateIndex(_INDEX_BUDGET), profile, exact=exact)
 
 
 def peer(kind: Callable[..., Peer], **settings: Any) -> Factory:
@@ -84,8 +89,14 @@ POLICIES: Mapping[str, Factory] = {
 
 
 def policy(name: str) -> Factory:
-    """The factory called `name`. Raises ConfigError naming the nearest ones that exist."""
+    """The factory called `name`; with "-exact" behind it, the router is told by KV events what is cached.
+
+    Raises ConfigError naming the nearest ones that exist.
+    """
     if name in POLICIES:
         return POLICIES[name]
-    near = difflib.get_close_matches(name, POLICIES, n=3, cutoff=0.4) or list(POLICIES)
+    base = name.removesuffix(_TOLD)
+    if base != name and base in POLICIES:
+        return lambda pool, seed: POLICIES[base](replace(pool, exact=True), seed)
+    near = difflib.get_close_matches(base, POLICIES, n=3, cutoff=0.4) or list(POLICIES)
     raise ConfigError(f"no policy {name!r}; did you mean {' or '.join(near)}?")
