@@ -21,6 +21,7 @@ COMMANDS = {
     "regret": ("regret", "Single decisions of a policy against the best that could have been made."),
     "load": ("load", "Open-loop load against any OpenAI-compatible server."),
     "bench": ("bench", "This machine's performance figures, each against its baseline."),
+    "check": ("check", "Conformance of an endpoint picker, a gateway around it and their files."),
     "config": ("config", "Show, validate or describe the configuration."),
 }
 

@@ -47,6 +47,30 @@ class ScorerSpec(Part, frozen=True):
     parameters: dict[str, Any] = {}
 
 
+class FilterSpec(Part, frozen=True):
+    """A filter of the `weighted` policy, by the endpoint picker's name, and its own parameters."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class ProfileSpec(Part, frozen=True):
+    """A named way to choose of the `weighted` policy. max_endpoints: named at most, fallbacks included."""
+
+    name: str
+    filters: list[FilterSpec] = []
+    scorers: list[ScorerSpec] = []
+    picker: str = "max-score"
+    max_endpoints: int | None = None
+
+
+class SaturationConfig(Part, frozen=True):
+    """How full a pool is told to be. detector: utilization-detector, concurrency-detector or off; its parameters."""
+
+    detector: str = "off"
+    parameters: dict[str, Any] = {}
+
+
 class IndexConfig(Part, frozen=True):
     """The memory of who caches what. block_bytes: prompt bytes a block. budget_bytes: a hard limit."""
 
@@ -58,10 +82,10 @@ class ExactConfig(Part, frozen=True):
     """Exact prefix knowledge, from the engines' KV events.
 
     by: bytes (matched as text, nothing is tokenised), tokens (every prompt is: the reference), off, or auto: bytes
-    where a tokenizer is given. tokenizer: folder with tokenizer.json and chat template, of all models; tokenizers: by model;
-    without either, by: bytes asks the engines. events, replay: where to subscribe, as tcp://{host}:5557, for engines
-    that do not tell; the rank is added to the port. budget_ms: how long a decision waits for a prompt to be read.
-    budget_bytes: a hard limit on the index. snapshot: a file that it is kept in between runs.
+    where a tokenizer is given. tokenizer: folder with tokenizer.json and chat template, of all models; tokenizers: by
+    model; without either, by: bytes asks the engines. events, replay: where to subscribe, as tcp://{host}:5557, for
+    engines that do not tell; the rank is added to the port. budget_ms: how long a decision waits for a prompt to be
+    read. budget_bytes: a hard limit on the index.
     """
 
     by: str = "auto"
@@ -71,7 +95,6 @@ class ExactConfig(Part, frozen=True):
     replay: str | None = None
     budget_ms: float = 20.0
     budget_bytes: int = 512 * MIB
-    snapshot: str | None = None
 
     @property
     def mode(self) -> str:
@@ -130,6 +153,7 @@ class EppConfig(Part, frozen=True):
     (read again when they change), else self-signed; client_ca_path: serve only clients with a certificate of these.
     max_message_bytes: of one gRPC message. request_timeout_s: for a request to arrive whole; idle_timeout_s: without a
     message while an endpoint works. drain_delay_s: still serve for so long after readiness is off.
+    metrics_compat: metrics under the endpoint picker's names, too; pool_name, pool_namespace: their labels.
     """
 
     host: str = "0.0.0.0"
@@ -144,6 +168,9 @@ class EppConfig(Part, frozen=True):
     request_timeout_s: float = 300.0
     idle_timeout_s: float = 600.0
     drain_delay_s: float = 5.0
+    metrics_compat: bool = False
+    pool_name: str = ""
+    pool_namespace: str = "default"
 
 
 class AdminConfig(Part, frozen=True):
@@ -155,13 +182,23 @@ class AdminConfig(Part, frozen=True):
 
 
 class Config(Part, frozen=True):
-    """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes."""
+    """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes.
+
+    Of the `weighted` policy: filters, scorers and picker; or several profiles, of which `profile` is the one to go by
+    (the first, if not said), profile_header names a request's own, and prefill_profile is for requests to be prefilled.
+    """
 
     endpoints: list[str | EndpointSpec] = []
     endpoints_file: str | None = None
     policy: str = "picker"
     scorers: list[ScorerSpec] = []
+    filters: list[FilterSpec] = []
     picker: str = "max-score"
+    profiles: list[ProfileSpec] = []
+    profile: str | None = None
+    profile_header: str | None = None
+    prefill_profile: str | None = None
+    saturation: SaturationConfig = SaturationConfig()
     seed: int | None = None
     drain_timeout_s: float = 30.0
     index: IndexConfig = IndexConfig()
@@ -230,10 +267,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"policy: {config.policy!r} is not one of {', '.join(POLICIES)}{_near(config.policy, POLICIES)}"
         )
-    if config.policy == "weighted" and not config.scorers:
-        raise ConfigError("policy: 'weighted' needs a list of scorers")
-    if config.scorers and config.policy != "weighted":
-        raise ConfigError(f"scorers: they are used by policy 'weighted' only, and policy is {config.policy!r}")
+    _check_profiles(config)
     if config.exact.by not in EXACT_BY:
         raise ConfigError(
             f"exact.by: {config.exact.by!r} is not one of {', '.join(EXACT_BY)}{_near(config.exact.by, EXACT_BY)}"
@@ -245,6 +279,27 @@ def check(config: Config) -> None:
     if config.epp.mode not in EPP_MODES:
         raise ConfigError(f"epp.mode: {config.epp.mode!r} is not one of {', '.join(EPP_MODES)}")
     _check_numbers(config)
+
+
+def _check_profiles(config: Config) -> None:
+    weighted = config.policy == "weighted"
+    if weighted and not (config.scorers or config.filters or config.profiles):
+        raise ConfigError("policy: 'weighted' needs a list of scorers, or of profiles")
+    for key in ("scorers", "filters", "profiles"):
+        if getattr(config, key) and not weighted:
+            raise ConfigError(f"{key}: they are used by policy 'weighted' only, and policy is {config.policy!r}")
+    if config.profiles and (config.scorers or config.filters):
+        raise ConfigError("profiles: with them, filters and scorers stand in the profiles")
+    names = [profile.name for profile in config.profiles]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"profiles: two of them are called {twice!r}")
+    for key in ("profile", "prefill_profile"):
+        name = getattr(config, key)
+        if name is not None and name not in names:
+            raise ConfigError(f"{key}: there is no profile {name!r}{_near(name, names)}")
+    if config.profile_header is not None and not config.profiles:
+        raise ConfigError("profile_header: there are no profiles to name")
 
 
 def _check_numbers(config: Config) -> None:
@@ -323,6 +378,9 @@ def _keys_at(where: str) -> list[str]:
         "": Config,
         "endpoints": EndpointSpec,
         "scorers": ScorerSpec,
+        "filters": FilterSpec,
+        "profiles": ProfileSpec,
+        "saturation": SaturationConfig,
         "index": IndexConfig,
         "exact": ExactConfig,
         "queue": QueueConfig,
@@ -333,7 +391,7 @@ def _keys_at(where: str) -> list[str]:
         "epp": EppConfig,
         "admin": AdminConfig,
     }
-    part = sections.get(where.partition("[")[0], Config)
+    part = sections.get(where.rpartition(".")[2].partition("[")[0], Config)
     return [field.name for field in msgspec.structs.fields(part)]
 
 

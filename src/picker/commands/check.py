@@ -1,0 +1,224 @@
+"""`picker check`: is this endpoint picker, gateway or set of files what the endpoint-picker protocol asks for?"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from picker.check import registry, report, session
+from picker.check.gateway import Target
+from picker.check.session import Plan
+from picker.check.verdict import Outcome, Tier, Verdict
+from picker.commands.options import Size, first_error, start_logging
+from picker.envoy import Topology
+from picker.errors import ConfigError
+
+_WIDTH = 140
+_STYLES = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.SKIP: "yellow", Outcome.ERROR: "bold magenta"}
+_TOPOLOGIES = {
+    "override_host": (Topology.OVERRIDE_HOST,),
+    "original_dst": (Topology.ORIGINAL_DST,),
+    "both": tuple(Topology),
+}
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--files", multiple=True, type=click.Path(exists=True, path_type=Path), help="Files or folders (T0).")
+@click.option("--epp", metavar="HOST:PORT", help="The endpoint picker to check (T1).")
+@click.option("--self", "own", is_flag=True, help="Start picker's own with endpoints of the checker's, and check it.")
+@click.option("--envoy", "with_envoy", is_flag=True, help="A real Envoy around the picker as well (T2).")
+@click.option(
+    "--endpoint", "endpoints", multiple=True, metavar="IP:PORT", help="Of the picker's pool; repeat for each."
+)
+@click.option("--model", default="check", show_default=True, help="The model that requests name.")
+@click.option("--tls/--insecure", default=False, help="How the picker serves.  [default: insecure]")
+@click.option("--ca", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Who signs its certificate.")
+@click.option("--server-name", metavar="NAME", help="The name in its certificate.")
+@click.option("--health", metavar="HOST:PORT", help="Its health service, where that is another port.")
+@click.option("--overload", type=click.IntRange(1), metavar="N", help="Requests at once of which it must shed some.")
+@click.option("--max-body", type=Size(), metavar="SIZE", help="The largest request body that it must take.")
+@click.option("--log", "logs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Its log; no prompts.")
+@click.option("--bound", type=float, default=1.0, show_default=True, metavar="S", help="A decision may take so long.")
+@click.option("--settle", type=float, default=15.0, show_default=True, metavar="S", help="It notices changes so soon.")
+@click.option("--topology", type=click.Choice(list(_TOPOLOGIES)), help="Of Envoy.  [override_host; --self: both]")
+@click.option("--envoy-binary", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE")
+@click.option("--tier", "tiers", multiple=True, type=click.Choice([tier.value for tier in Tier]), help="Only these.")
+@click.option("--only", multiple=True, metavar="ID", help="Only this check, or family of checks (EPP-3).")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the prompts.")
+@click.option("--list", "listing", is_flag=True, help="Name all checks and run none.")
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.json, junit.xml, report.md."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    paths: tuple[Path, ...],
+    files: tuple[Path, ...],
+    epp: str | None,
+    own: bool,
+    with_envoy: bool,
+    endpoints: tuple[str, ...],
+    model: str,
+    tls: bool,
+    ca: Path | None,
+    server_name: str | None,
+    health: str | None,
+    overload: int | None,
+    max_body: int | None,
+    logs: tuple[Path, ...],
+    bound: float,
+    settle: float,
+    topology: str | None,
+    envoy_binary: Path | None,
+    tiers: tuple[str, ...],
+    only: tuple[str, ...],
+    seed: int,
+    listing: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Check files (T0), an endpoint picker by gRPC (T1) and with a real Envoy around it (T2), item by item.
+
+    Exit status 0 when all checks that could be run passed, 1 when one did not, 2 on wrong usage.
+
+    \b
+    picker check --self
+    picker check --epp 127.0.0.1:9002 --endpoint 127.0.0.1:8001 --endpoint 127.0.0.1:8002
+    picker check --epp 127.0.0.1:9002 --endpoint 127.0.0.1:8001 --endpoint 127.0.0.1:8002 --envoy
+    picker check --files envoy.yaml manifests/ picker.yaml
+    """
+    if listing:
+        _list(as_json=as_json)
+        return
+    papers = (*files, *paths)
+    _refuse_nonsense(papers, epp=epp, own=own, with_envoy=with_envoy, only=only)
+    start_logging("error")
+    plan = Plan(
+        tiers=_tiers(tiers, files=bool(papers), epp=epp is not None, own=own, with_envoy=with_envoy),
+        picker=None if epp is None else Target(_address("--epp", epp), tls=tls, ca=ca, name=server_name),
+        health=None if health is None else _address("--health", health),
+        endpoints=tuple(_address("--endpoint", one) for one in endpoints),
+        files=papers,
+        only=only,
+        topologies=_TOPOLOGIES[topology or ("both" if own else "override_host")],
+        binary=envoy_binary,
+        model=model,
+        seed=seed,
+        bound=bound,
+        settle=settle,
+        overload=overload,
+        max_body=max_body,
+        logs=logs,
+    )
+    if Tier.T2 in plan.tiers:
+        session.need_envoy(envoy_binary)
+    done = _run(plan)
+    subject = "picker" if own else epp or ", ".join(str(path) for path in papers)
+    written = report.document(done.verdicts, subject=subject, envoy=sorted(done.envoy), seed=seed)
+    if output is not None:
+        report.write(output, done.verdicts, written)
+    if as_json:
+        click.echo(json.dumps(written))
+    else:
+        _print(done.verdicts, written)
+    counts = report.counted(done.verdicts)
+    ctx.exit(0 if counts[Outcome.PASS] and not counts[Outcome.FAIL] + counts[Outcome.ERROR] else 1)
+
+
+def _refuse_nonsense(
+    papers: Sequence[Path], *, epp: str | None, own: bool, with_envoy: bool, only: Sequence[str]
+) -> None:
+    if epp is not None and own:
+        raise click.UsageError("--epp and --self are two pickers; check one at a time")
+    if not (papers or epp or own):
+        raise click.UsageError("nothing to check: give --epp HOST:PORT, --self or --files FILE")
+    if with_envoy and not (epp or own):
+        raise click.UsageError("--envoy goes around a picker: give --epp HOST:PORT or --self")
+    known = [check.id.lower() for check in registry.ALL]
+    for word in only:
+        if not any(name == word.lower() or name.startswith((f"{word.lower()}.", f"{word.lower()}-")) for name in known):
+            raise click.UsageError(f"--only {word}: there is no such check; --list names them all")
+
+
+def _tiers(asked: Sequence[str], *, files: bool, epp: bool, own: bool, with_envoy: bool) -> frozenset[Tier]:
+    """What is possible with what was given; of that what was asked for."""
+    possible = {Tier.T0: files or own, Tier.T1: epp or own, Tier.T2: own or with_envoy}
+    wanted = {Tier(word) for word in asked} or {tier for tier, can in possible.items() if can}
+    for tier in wanted:
+        if not possible[tier]:
+            needs = {Tier.T0: "--files", Tier.T1: "--epp or --self", Tier.T2: "--envoy with --epp, or --self"}
+            raise click.UsageError(f"--tier {tier.value} needs {needs[tier]}")
+    return frozenset(wanted)
+
+
+def _address(option: str, text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{option}: {text!r} is not host:port")
+    return text
+
+
+def _run(plan: Plan) -> session.Run:
+    """With progress on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def tell(verdict: Verdict) -> None:
+            status.update(_plain(f"{verdict.name}: {verdict.outcome.value}"))
+            if verdict.outcome in (Outcome.FAIL, Outcome.ERROR) and console.is_terminal:
+                console.print(
+                    f"[{_STYLES[verdict.outcome]}]{verdict.outcome.value}[/] {_plain(verdict.name)}", highlight=False
+                )
+
+        try:
+            return asyncio.run(session.run(plan, tell))
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
+
+
+def _list(*, as_json: bool) -> None:
+    checks = registry.ALL
+    if as_json:
+        rows = [
+            {"id": one.id, "tier": one.tier.value, "level": one.level.value, "requirement": one.requirement}
+            | {"source": one.source, "variants": list(one.variants)}
+            for one in checks
+        ]
+        click.echo(json.dumps({"checks": rows}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tier", "id", "level", "requirement"):
+        table.add_column(heading)
+    for one in checks:
+        table.add_row(one.tier.value, one.id, one.level.value, one.requirement)
+    _console().print(table)
+
+
+def _print(verdicts: Sequence[Verdict], run: report.Json) -> None:
+    console = _console()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("id", "verdict", "requirement"):
+        table.add_column(heading, no_wrap=heading != "requirement")
+    for one in verdicts:
+        said = one.requirement if one.outcome is Outcome.PASS or not one.why else f"{one.requirement}\n  {one.why}"
+        table.add_row(_plain(one.name), f"[{_STYLES[one.outcome]}]{one.outcome.value}[/]", _plain(said))
+    console.print(table)
+    console.print(f"{run['subject']}: {report.summary(verdicts)}", highlight=False, markup=False)
+
+
+def _plain(text: str) -> str:
+    """Without what rich would take for markup."""
+    return text.replace("[", "\\[")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
