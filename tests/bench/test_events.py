@@ -24,7 +24,7 @@ def test_shared_blocks_take_less_than_others() -> None:
 
 
 def test_an_engine_removes_only_blocks_it_has_stored() -> None:
-    engine, held = Engine(0, 1000, np.random.default_rng(0)), set[int]()
+    engine, held = Engine(0, 1000, np.random.default_rng(0)), set[int | bytes]()
     for _ in range(100):
         for event in decode_batch(engine.step().payload).events:
             assert not isinstance(event, Cleared)

@@ -221,3 +221,17 @@ def test_block_sizes_may_differ_between_endpoints() -> None:
     found = exact.match(text(b"ABCDEFGHI"), request())
     assert found is not None
     assert found.tokens.tolist() == [8.0, 8.0, 0.0, 0.0]
+
+
+def test_a_row_that_lost_blocks_to_the_budget_tells_the_least() -> None:
+    exact = Exact(PreciseIndex(200_000, 4), ByHash(), 4)
+    for row in (0, 1):
+        exact.apply(row, EventsChanged("ab"[row], EventState.WHOLE))
+    for start in range(0, 8000, 100):
+        exact.apply(0, stored(*range(start + 1, start + 101)))
+    for start in range(10_000, 14_000, 100):
+        exact.apply(1, stored(*range(start + 1, start + 101), name="b"))
+    assert exact.index.truncated(0)
+    assert exact.index.nbytes <= 200_000
+    found = known(exact, 1)
+    assert (found.whole[0], found.partial[0]) == (False, True)

@@ -129,6 +129,18 @@ def test_ways_to_spell_the_same_text_are_all_followed() -> None:
     assert match(known, b"abababa").blocks.tolist() == [4, 3, 2, 0]
 
 
+def test_ways_of_one_row_do_not_hide_those_of_another() -> None:
+    known = index()
+    text = b"a" * 400
+    for length in range(2, 400):
+        store(known, 0, chain(text[:length]))
+    for number in range(400):
+        told = chain(b"a", b"a" * 9)
+        store(known, 0, dataclasses.replace(told, hashes=(number, 1000 + number)))
+    store(known, 1, chain(b"a", b"a" * 9, b"a" * 390))
+    assert match(known, text).blocks[1] == 3
+
+
 def test_a_row_may_hold_one_text_in_two_tokenisations() -> None:
     known = index()
     told = chain(b"the ", b"quick ", b"fox")

@@ -221,8 +221,7 @@ class BlockTable:
 
     def _look(self) -> None:
         self._mask = len(self._slots) - 1
-        self._number_at, self._block_at = memoryview(self._numbers), memoryview(self.blocks)
-        self._slot_at = memoryview(self._slots)
+        self._number_at, self._block_at, self._slot_at = self._numbers.data, self.blocks.data, self._slots.data
         self.nbytes = self._numbers.nbytes + self.blocks.nbytes + self._slots.nbytes
 
 

@@ -82,7 +82,7 @@ class BlockTree:
         self._top = 1  # numbers from here on have never been used
         self._cursor = 1  # where the search for free numbers goes on
         self._extents: list[tuple[int, int]] = []  # free numbers it found, [start, stop), the longest last
-        self.live = 0
+        self.live = self._worth_trimming = 0
         self._look()
 
     # --- reading ---

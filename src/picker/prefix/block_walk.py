@@ -16,7 +16,8 @@ from picker.prefix.block_tree import BlockTree
 from picker.prefix.row_sets import RowSets, unpack
 from picker.types import FloatArray, Int32Array, Splits, UInt64Array
 
-_MOST_WAYS = 64  # that are followed in one prompt
+_MOST_WAYS = 256  # that are followed in one prompt
+_MOST_ALIKE = 16  # that the same rows hold: no row can crowd out another's with ways of its own
 _PATIENCE = 16  # blocks that are given up one by one where no token ends; then twice as many each time
 
 Lower = tuple[int, int, int, float]
@@ -53,6 +54,7 @@ class Walk:
         self._hashes = hashes
         self._deficits = deficits
         self._pending: list[Way] = []
+        self._alike: dict[int, int] = {}  # by rows: ways that began
 
     def ways(self, root: int) -> list[Way]:
         """All ways down from a root on which anybody holds a block."""
@@ -81,7 +83,10 @@ class Walk:
             self._enter(way, start, count)
 
     def _fork(self, way: Way, block: int, blocks: int, child: int) -> None:
-        if len(self._pending) < _MOST_WAYS:
+        rows = way.rows & self._sets.rows(self._tree.held_at[child])
+        alike = self._alike.get(rows, 0)
+        if rows and alike < _MOST_ALIKE:
+            self._alike[rows] = alike + 1
             self._pending.append(Way(block, blocks, way.rows, list(way.lower), [], child))
 
     def _enter(self, way: Way, start: int, count: int) -> None:
@@ -138,9 +143,9 @@ def boundary(tree: BlockTree, way: Way, splits: Splits | Callable[[int], bool]) 
 def credit(way: Way, most: int, rows: int) -> tuple[Int32Array, FloatArray]:
     """By row, the leading blocks of a way that it holds, `most` at most, and what they are worth in blocks."""
     lengths = way.lengths()
-    blocks = np.zeros(rows, dtype=np.int32)
-    for (_, count), members in zip(lengths, unpack([each for each, _ in lengths], rows), strict=True):
-        blocks[members] = min(count, most)
+    counts = np.array([min(count, most) for _, count in lengths], dtype=np.float32)
+    # A row ends in one place only, so the sum is that place. Floats go through BLAS, and are exact up to 2^24.
+    blocks = (counts @ unpack([each for each, _ in lengths], rows).astype(np.float32)).astype(np.int32)
     worth = blocks.astype(np.float64)
     if way.lower:
         members = unpack([each for _, _, each, _ in way.lower], rows)

@@ -69,6 +69,7 @@ class Exact:
         self._whole: BoolArray = np.zeros(rows, dtype=bool)
         self._partial: BoolArray = np.zeros(rows, dtype=bool)
         self._capacity: FloatArray = np.full(rows, np.inf)
+        self._evictions = 0
         self.grow_rows(rows)
 
     def stream(self, row: int) -> Stream:
@@ -124,6 +125,10 @@ class Exact:
             self._refuse(row, fact)
             return
         stream.unread += len(fact.hashes) - self._enter(row, _readable(fact))
+        if self.index.evictions != self._evictions:  # perhaps from other rows
+            self._evictions = self.index.evictions
+            for each in range(len(self._streams)):
+                self._mark(each)
         stream.stored_tokens += len(fact.tokens)
         if stream.state is EventState.PARTIAL and stream.stored_tokens >= self._capacity[row]:
             stream.state, stream.reason = EventState.WHOLE, "as much as the cache holds has been stored since we joined"

@@ -82,6 +82,7 @@ class PreciseIndex:
         self.rows = [Row() for _ in range(rows)]
         self._holders: dict[int, Holder] = {}
         self._row_bytes = sum(row.nbytes for row in self.rows)
+        self.evictions = 0  # how often blocks were dropped for want of room: then `truncated` may have changed
         self._deficits = [1 - worth[tier] for tier in TIERS]
         self._secret = hashlib.blake2b(secret, digest_size=32, person=b"precise").digest()
 
@@ -256,6 +257,7 @@ class PreciseIndex:
             return False
         before = mine.nbytes
         mine.truncated = True
+        self.evictions += 1
         evict(self._holder(row, Tier.GPU))
         self._row_bytes += mine.nbytes - before
         return True

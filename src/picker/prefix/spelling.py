@@ -8,6 +8,7 @@ knows where a vocabulary comes from or what a chat template is.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from picker.types import Int64Array, UInt64Array
 MAX_UNITS = 8 << 20  # the longest prompt that is hashed, in bytes or tokens: its keys take 64 MiB
 _CHUNK = 1 << 16  # keys made at a time: half a megabyte
 _UNKNOWN = -1
+_FEW = 64  # ids
+_ALL = (1 << 64) - 1
 
 
 class PrefixHasher:
@@ -57,8 +60,11 @@ class PrefixHasher:
         after = position + len(units)
         if after > self.max_units:
             return None
-        running = self._summed(units, self._keys_to(after)[position:after], start)
-        return running[np.asarray(ends, dtype=np.int64)]
+        keys = self._keys_to(after)[position:after]
+        if len(ends) == 1 and ends[0] == len(units):  # a block of generated tokens: half the time
+            total = np.add(units, 1, dtype=np.uint64).dot(keys)
+            return np.array([start + int(total) & _ALL], dtype=np.uint64)
+        return self._summed(units, keys, start)[np.asarray(ends, dtype=np.int64)]
 
     def _running(self, units: NDArray[np.uint8] | UInt64Array) -> UInt64Array:
         if len(units) > self.max_units:
@@ -129,6 +135,8 @@ class Vocabulary:
 
     def spell(self, ids: Sequence[int], every: int = 1) -> Spelling | None:
         """Join what ids stand for; `ends` are those of each full run of `every` tokens. None: an id is not known."""
+        if len(ids) <= _FEW:
+            return self._spell_few(ids, every)
         tokens = np.asarray(ids, dtype=np.int64)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= len(self._lengths)):
             self.unspelled += 1
@@ -140,6 +148,16 @@ class Vocabulary:
         table = self._table
         data = b"".join([table[token] for token in tokens.tolist()])
         return Spelling(data, np.cumsum(lengths)[every - 1 :: every])
+
+    def _spell_few(self, ids: Sequence[int], every: int) -> Spelling | None:
+        """The same in plain Python, which is faster on lists this short (2 us for a block of 16, numpy 8)."""
+        table, known = self._table, len(self._table)
+        pieces = [table[token] if 0 <= token < known else None for token in ids]
+        if None in pieces:
+            self.unspelled += 1
+            return None
+        ends = list(itertools.accumulate(map(len, pieces)))  # type: ignore[arg-type]  # none is None: see above
+        return Spelling(b"".join(pieces), np.array(ends[every - 1 :: every], dtype=np.int64))  # type: ignore[arg-type]
 
     def learn(self, token: int, data: bytes) -> None:
         """Note what an id stands for. Raises ValueError for a negative id."""
