@@ -355,6 +355,7 @@ class KvEventSource:
                 yield sockets
             finally:
                 sub.disable_monitor()
+                monitor.close(linger=0)
 
     async def _is_up(self, sockets: _Sockets) -> bool:
         try:
