@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-vllm check format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "picker needs Python 3.11 or newer; set PYTHON=/path/to/python3")'
@@ -20,8 +20,14 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## simulated vLLM pods behind a real Envoy: cache-unaware routing against picker
 	$(BIN)/picker demo
 
-test: $(STAMP) ## every test; no GPU, no Kubernetes, no network
+test: $(STAMP) ## every test; no GPU, no Kubernetes, no network (a real vLLM once test-vllm has installed it)
 	$(BIN)/python -m pytest
+
+test-vllm: $(STAMP) ## the tests against a real vLLM on the CPU; installs it into .venv-vllm (3.4 GB)
+	@if $(BIN)/python tests/real_vllm/install.py; \
+	then $(BIN)/python -m pytest tests/real_vllm; \
+	elif [ $$? -eq 3 ]; then echo "the tests against a real vLLM are skipped"; \
+	else exit 1; fi
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

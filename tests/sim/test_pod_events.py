@@ -12,9 +12,9 @@ from picker.sim import tokens
 from picker.sim.engine import Engine, EngineRequest
 from picker.sim.engine_hashes import BlockHasher, as_number, extra_keys
 from picker.sim.latency import Profile
-from picker.sim.pod_event_bytes import Cleared, Removed, Stored
-from picker.sim.pod_events import CacheEvents, Event, Prompted, adapter_path
+from picker.sim.pod_events import CacheEvents, Prompted, adapter_path
 from picker.sim.tokens import TokenArray
+from picker.wire.kv_events import Cleared, Event, Removed, Stored
 
 SIZE = 4
 PROFILE = Profile(
@@ -173,7 +173,7 @@ def test_a_salt_is_in_the_first_key_and_an_adapter_in_all() -> None:
     (event,) = bench.step()
     assert isinstance(event, Stored)
     assert event.hashes == tuple(chain(range(8), salt="s", adapter="ad2"))
-    assert event.extra_keys == (("ad2", "s"), ("ad2",))
+    assert event.extra_keys == [("ad2", "s"), ("ad2",)]
     assert (event.lora_id, event.lora_name, event.session) == (2, "ad2", "sess-1")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from picker.sim.pod import Pod, open_pods
 from picker.sim.pod_options import EventFault, EventOptions, PodOptions
 
 END = b"\xff" * 8
+USES = ("endpoint", "replay_endpoint")
 # A store that vLLM 0.32 published for 32 tokens 7 under cache_salt "saltA", from behind its time stamp on.
 RECORDED = bytes.fromhex(
     "918ba474797065ab426c6f636b53746f726564ac626c6f636b5f68617368657391cfb58148fccb79ed99b1706172656e745f626c6f636b5f6861"
@@ -125,8 +127,8 @@ async def until(condition: Callable[[], bool]) -> None:
 async def serving(events: EventOptions | None = EventOptions(), **options: Any) -> AsyncIterator[Gateway]:
     defaults: dict[str, Any] = {"model": "tiny", "time_scale": 1000.0, "noise": False, "block_size": 4}
     chosen = PodOptions(events=events, **(defaults | options))
-    context = zmq.asyncio.Context()
     async with open_pods(chosen) as pods, aiohttp.ClientSession() as session:
+        context = zmq.asyncio.Context()
         gateway = Gateway(pods, session, context)
         try:
             yield gateway
@@ -254,12 +256,10 @@ async def test_ports_follow_each_other_by_pod_use_and_rank() -> None:
         free = int((await gateway.sources())["0"]["endpoint"].rsplit(":", 1)[1])
     try:
         async with serving(EventOptions(port=free), count=2, ranks=2) as gateway:
-            endpoints = [
-                p.source[key] for pod in gateway.pods for key in ("endpoint", "replay_endpoint") for p in pod.publishers
-            ]
+            used = [[p.source[use] for p in pod.publishers] for pod in gateway.pods for use in USES]
     except ConfigError:
         pytest.skip("somebody took one of the ports")
-    assert endpoints == [f"tcp://127.0.0.1:{free + n}" for n in range(8)]
+    assert list(itertools.chain(*used)) == [f"tcp://127.0.0.1:{free + n}" for n in range(8)]
 
 
 async def test_a_taken_port_is_a_config_error() -> None:
@@ -393,11 +393,14 @@ async def test_after_a_restart_batches_count_from_0_and_nobody_says_that_the_cac
         for start in range(0, 12, 4):
             await gateway.complete(range(start, start + 4))
         assert [(await receive(socket)).seq for _ in range(3)] == [0, 1, 2]
-        await gateway.post("/_sim/fault", {"restart": True})
-        publisher = gateway.pod.publishers[0]
-        await until(lambda: publisher.subscriptions == 1)  # ZeroMQ has found its way back
-        await gateway.complete(range(4))
-        batch = await receive(socket)
+        async with asyncio.TaskGroup() as group:
+            # ZeroMQ subscribes again after it has found its way back only where somebody looks at the socket.
+            received = group.create_task(receive(socket))
+            await gateway.post("/_sim/fault", {"restart": True})
+            publisher = gateway.pod.publishers[0]
+            await until(lambda: publisher.subscriptions == 1)
+            await gateway.complete(range(4))
+        batch = received.result()
         assert (batch.seq, batch.told) == (0, [("BlockStored", chain(range(4)))])
         assert [batch.seq for batch in await gateway.replay(0)] == [0]
         assert await gateway.sources() == before

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 from picker.sim.engine import StepResult, StoredBlocks
 from picker.sim.engine_hashes import BlockHasher, Keys, as_number, extra_keys, told_keys
-from picker.sim.pod_event_bytes import Cleared, Removed, Stored
 from picker.sim.tokens import TokenArray
 from picker.types import UInt64Array
-
-Event = Stored | Removed | Cleared
+from picker.wire.kv_events import Cleared, Event, Hash, Removed, Stored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +95,7 @@ class CacheEvents:
         events, self._step = tuple(self._step), []
         return events
 
-    def _removed(self, block_hash: int) -> int | bytes:
+    def _removed(self, block_hash: int) -> Hash:
         cached = self._cached[block_hash]
         cached.copies -= 1
         if not cached.copies:
@@ -121,7 +119,7 @@ class CacheEvents:
             lora_id=self._adapters.get(prompted.adapter) if prompted.adapter else None,
             medium="GPU",
             lora_name=prompted.adapter,
-            extra_keys=tuple(map(told_keys, keys)),
+            extra_keys=[told_keys(each) for each in keys],
             group=0,
             kind="full_attention",
             session=prompted.session,
@@ -138,7 +136,7 @@ class CacheEvents:
         adapter = prompted.adapter
         return extra_keys(index, adapter=adapter, path=adapter and adapter_path(adapter), salt=prompted.salt)
 
-    def _told(self, digest: bytes) -> int | bytes:
+    def _told(self, digest: bytes) -> Hash:
         return digest if self._whole_hashes else as_number(digest)
 
 

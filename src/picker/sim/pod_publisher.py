@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
 from picker.errors import ConfigError
-from picker.sim.pod_event_bytes import Stored, encode_batch
-from picker.sim.pod_events import Event
 from picker.sim.pod_options import EventFault, EventOptions
+from picker.wire.kv_events import Event, Stored, encode_batch
 
 _END = b"\xff" * 8  # -1, the sequence number of the end marker
 _GARBAGE = b"\xc1 this is no msgpack"
@@ -107,7 +107,7 @@ class EventPublisher:
         fault = self.fault
         if fault.block_size is not None:
             events = [_resized(event, fault.block_size) for event in events]
-        payload = encode_batch(time.time(), self._rank, events, arrays=fault.arrays or self._options.arrays)
+        payload = encode_batch(time.time(), events, self._rank, arrays=fault.arrays or self._options.arrays)
         seq, self._seq = self._seq, self._seq + 1
         self._buffer.append((seq, payload))
         if fault.drop:
@@ -242,4 +242,4 @@ class _Port:
 
 
 def _resized(event: Event, block_size: int) -> Event:
-    return dataclasses.replace(event, block_size=block_size) if isinstance(event, Stored) else event
+    return msgspec.structs.replace(event, block_size=block_size) if isinstance(event, Stored) else event
