@@ -155,7 +155,7 @@ def test_a_plain_chat() -> None:
         Playbook(exchange())
         >> head(headers={"content-length": str(len(chat()))})
         >> RequestBody(chat(), end=True)
-        << Submit(parse_call(CHAT, chat()))
+        << Like(Submit, call=parse_call(CHAT, chat()))
         >> Decided(to("a"))
         << Forward(to("a"), chat())
         >> ResponseHead(200, JSON)
@@ -204,7 +204,13 @@ def test_a_body_in_pieces_is_the_body_as_a_whole(cuts: list[int], declared: bool
     assert play >> head(headers={"content-length": str(len(body))} if declared else {})
     for piece in pieces:
         assert play >> RequestBody(piece)
-    assert play >> RequestBody(b"", end=True) << Submit(parse_call(CHAT, body)) >> Decided(to()) << Forward(to(), body)
+    assert (
+        play
+        >> RequestBody(b"", end=True)
+        << Like(Submit, call=parse_call(CHAT, body))
+        >> Decided(to())
+        << Forward(to(), body)
+    )
 
 
 def test_a_request_without_a_body_goes_on_without_one() -> None:
@@ -410,12 +416,12 @@ def test_an_endpoint_that_fails_before_its_first_byte_is_replaced(reason: Failur
         upstream()
         >> UpstreamFailed(reason)
         << failed(reason)
-        << Submit(call, exclude=frozenset({"a"}))
+        << Like(Submit, call=call, exclude=frozenset({"a"}))
         >> Decided(to("b"))
         << Forward(to("b"), chat())
         >> UpstreamFailed(reason)
         << failed(reason)
-        << Submit(call, exclude=frozenset({"a", "b"}))
+        << Like(Submit, call=call, exclude=frozenset({"a", "b"}))
         >> Decided(to("c"))
         << Forward(to("c"), chat())
         >> ResponseHead(200, JSON)

@@ -44,8 +44,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Reads frames by rules of its own: of what it checks it uses neither the wire nor the front ends.
     "check": (*NOUNS, "children", "config", "envoy", "sources.file"),
     "prediction_metrics": (*NOUNS, "core"),
+    "metrics_names": ("telemetry",),
+    "metrics_compat": (*NOUNS, "core", "telemetry", "metrics_names"),
+    "imports": ("errors",),
     "exact_mode": (*SHELL, "sources"),
-    "app": (*SHELL, "prediction_metrics", "exact_mode", "frontends", "sources"),
+    "app": (*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "frontends", "sources"),
 }
 
 # Who alone may import these; everything else in the table is open to whoever lists it.
@@ -55,7 +58,7 @@ IMPORTED_ONLY_BY: dict[str, tuple[str, ...]] = {
     "__main__": (),
 }
 
-PURE = ("types", "errors", "core", "prefix", "scorers", "wire", "exchange", *PURE_SIM)
+PURE = ("types", "errors", "core", "prefix", "scorers", "wire", "exchange", "imports", *PURE_SIM)
 IMPURE_MODULES = (
     *("aiohttp", "asyncio", "datetime", "grpc", "logging", "multiprocessing", "os", "random", "secrets", "select"),
     *("signal", "socket", "subprocess", "threading", "time", "uuid", "zmq"),

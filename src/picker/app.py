@@ -47,6 +47,8 @@ from picker.types import Endpoint, Fact, Role
 
 log = logging.getLogger("picker.app")
 
+_FALLBACKS = 2  # endpoints that a decision names behind the first, unless a profile names more
+
 
 class Source(Protocol):
     """How facts arrive."""
@@ -86,6 +88,7 @@ class App:
                 name_endpoint=config.limits.name_endpoint,
             ),
             reader=None if self.exact is None else self.exact.reader(scheduler.is_adapter),
+            headers=scheduler.headers,
             queue_timeout=config.queue.timeout_s,
         )
         self.sources = self._sources()
@@ -173,8 +176,10 @@ def build_scheduler(config: Config, exact: Exact | None = None) -> Scheduler:
         eject_s=config.health.eject_s,
         eject_max_s=config.health.eject_max_s,
         seed=int.from_bytes(os.urandom(4)) if config.seed is None else config.seed,
+        fallbacks=max([_FALLBACKS, *((profile.max_endpoints or 1) - 1 for profile in config.profiles)]),
     )
-    return Scheduler(settings, ApproximateIndex(config.index.budget_bytes), profile, picker, exact)
+    index = ApproximateIndex(config.index.budget_bytes)
+    return Scheduler(settings, index, profile, picker, exact, build_saturation(config))
 
 
 def build_policy(config: Config) -> tuple[Profile, Picker]:

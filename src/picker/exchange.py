@@ -19,6 +19,7 @@ import msgspec
 
 from picker.errors import WireError
 from picker.types import (
+    NO_HEADERS,
     Call,
     CallKind,
     Decision,
@@ -116,11 +117,15 @@ Event = RequestHead | RequestBody | Decided | UpstreamFailed | ResponseHead | Re
 
 
 class Submit(msgspec.Struct, frozen=True, gc=False):
-    """Decide where this goes and answer with `Decided`. exclude: endpoint names that failed it already."""
+    """Decide where this goes and answer with `Decided`. exclude: endpoint names that failed it already.
+
+    headers: the client's, of which a policy sees those that it asks for.
+    """
 
     call: Call
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
+    headers: Mapping[str, str] = msgspec.field(default_factory=lambda: NO_HEADERS)
 
 
 class Forward(msgspec.Struct, frozen=True, gc=False):
@@ -303,7 +308,7 @@ class Exchange:
         if call.stream and not self._head.followed:
             call = replace(call, stream=False)
         self.phase = Phase.DECIDING
-        self._submit = Submit(call, self._subset)
+        self._submit = Submit(call, self._subset, headers=self._head.headers)
         return [self._submit]
 
     def _session(self) -> str | None:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from picker.exchange import (
 from picker.prefix.blocks import BlockHasher
 from picker.telemetry import Telemetry
 from picker.types import (
+    NO_HEADERS,
     Call,
     Fact,
     Failed,
@@ -84,6 +85,8 @@ class Runtime:
 
     clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact after the
     scheduler (the scraper follows discovery this way). records: how many recent decisions are kept for debugging.
+    reader: reads prompts for exact matching. headers: names, in lower case, of the request headers that decisions
+    depend on.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Runtime:
         clock: Clock,
         limits: Limits | None = None,
         reader: Reader | None = None,
+        headers: frozenset[str] = frozenset(),
         queue_timeout: float | None = None,
         records: int = 256,
     ) -> None:
@@ -105,6 +109,7 @@ class Runtime:
         self.draining = False
         self._hasher = hasher
         self._reader = reader
+        self._headers = headers
         self._queue_timeout = queue_timeout
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
@@ -217,7 +222,12 @@ class Runtime:
             subset=submit.subset,
             exclude=submit.exclude,
             deadline=None if self._queue_timeout is None else now + self._queue_timeout,
+            headers=self._asked_for(submit.headers) if self._headers else NO_HEADERS,
         )
+
+    def _asked_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """What the policy may see of a request's headers."""
+        return {name: headers[name] for name in self._headers if name in headers}
 
     async def _read(self, reader: Reader, call: Call) -> Reading | None:
         """Others are decided meanwhile: one long prompt delays nobody else."""
@@ -251,7 +261,7 @@ class Runtime:
 
     def _settle(self, request: Request, outcome: Outcome, started_at: float) -> None:
         now = self.clock()
-        self.telemetry.decision(outcome, now - started_at)
+        self.telemetry.decision(outcome, now - started_at, request)
         self._records[request.id] = Record(request, outcome, decided_at=now, seconds=now - started_at)
         while len(self._records) > self._keep:
             self._records.popitem(last=False)

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from picker.types import Decision, EndpointRemoved, Fact, Failed, Finished, Outcome, ScrapeFailed
+from picker.types import Decision, EndpointRemoved, Fact, Failed, Finished, Outcome, Request, ScrapeFailed
 
 _DECISION_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1)
 _WAIT_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Watcher(Protocol):
+    """Somebody else who counts what the runtime tells."""
+
+    def decision(self, outcome: Outcome, seconds: float, request: Request | None) -> None: ...
+
+    def fact(self, fact: Fact) -> None: ...
 
 
 class Telemetry(Collector):
@@ -31,14 +40,21 @@ class Telemetry(Collector):
         self._ended = {"finished": 0}  # by how
         self._scrape_errors: dict[str, int] = {}  # by endpoint
         self._errors: dict[str, int] = {}  # by verb
-        self._seconds = _Spread(_DECISION_BUCKETS)
-        self._waited = _Spread(_WAIT_BUCKETS)
+        self._seconds = Spread(_DECISION_BUCKETS)
+        self._waited = Spread(_WAIT_BUCKETS)
         self._predicted = 0.0
         self._cached = self._prompt = self._output = 0
+        self._watchers: list[Watcher] = []
         registry.register(self)
 
-    def decision(self, outcome: Outcome, seconds: float) -> None:
-        """One decision, with the CPU-bound time it took."""
+    def watch(self, watcher: Watcher) -> None:
+        """Have everything told to somebody else, too."""
+        self._watchers.append(watcher)
+
+    def decision(self, outcome: Outcome, seconds: float, request: Request | None = None) -> None:
+        """One decision, with the CPU-bound time it took, and the request where the caller has it."""
+        for watcher in self._watchers:
+            watcher.decision(outcome, seconds, request)
         self._seconds.add(seconds)
         if isinstance(outcome, Decision):
             self._decisions["picked"] += 1
@@ -49,6 +65,8 @@ class Telemetry(Collector):
             _count(self._decisions, outcome.reason.value)
 
     def fact(self, fact: Fact) -> None:
+        for watcher in self._watchers:
+            watcher.fact(fact)
         match fact:
             case Finished(usage=usage):
                 self._ended["finished"] += 1
@@ -98,7 +116,7 @@ class Telemetry(Collector):
         yield _labelled("picker_internal_errors", errors, "where", self._errors)
 
 
-class _Spread:
+class Spread:
     """A histogram. bounds: upper ones, inclusive, ascending; what is beyond the last is counted too."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
@@ -112,12 +130,28 @@ class _Spread:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def metric(self, name: str, help_text: str) -> HistogramMetricFamily:
+    @property
+    def total(self) -> float:
+        """The sum of the values."""
+        return self._sum
+
+    def plus(self, other: Spread) -> Spread:
+        """Both together; of the same bounds."""
+        both = Spread(self._bounds)
+        both._counts = [ours + theirs for ours, theirs in zip(self._counts, other._counts, strict=True)]
+        both._sum = self._sum + other._sum
+        return both
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, values up to it), the last one for all."""
         buckets, seen = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
             seen += count
             buckets.append((bound, float(seen)))
-        return HistogramMetricFamily(name, help_text, buckets=buckets, sum_value=self._sum)
+        return buckets
+
+    def metric(self, name: str, help_text: str) -> HistogramMetricFamily:
+        return HistogramMetricFamily(name, help_text, buckets=self.buckets(), sum_value=self._sum)
 
 
 def _count(counts: dict[str, int], label: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ FloatArray = NDArray[np.float64]
 ScoreArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 NO_BLOCKS: UInt64Array = np.empty(0, dtype=np.uint64)
 
 
@@ -130,6 +132,7 @@ class Request:
     prompt_bytes: length of the leading prompt; extra_bytes: of further prompts in the same body.
     subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
     deadline: leave the queue unserved after this instant. streaming: a first token will be seen before the end.
+    headers: of the request, in lower case; only those that the policy has asked for.
     """
 
     id: int
@@ -147,6 +150,7 @@ class Request:
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
     deadline: float | None = None
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)
 
 
 # --- what is decided ---------------------------------------------------------------------------------------

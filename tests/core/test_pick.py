@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picker.core.pick import PICKERS, Picker, max_score, power_of_two, weighted_random
+from picker.core.pick import PICKERS, Picker, max_score, power_of_two, proportional, uniform, weighted_random
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -37,7 +37,7 @@ def test_the_best_come_first_in_order(totals: list[float], count: int, seed: int
     assert [totals[index] for index in picked] == sorted(totals, reverse=True)[:count]
 
 
-@pytest.mark.parametrize("picker", [max_score, weighted_random, power_of_two])
+@pytest.mark.parametrize("picker", [max_score, weighted_random, power_of_two, proportional, uniform])
 @pytest.mark.parametrize(("n", "count"), [(2, 1), (2, 2), (3, 1), (5, 3)])
 def test_equal_totals_are_picked_equally_often(picker: Picker, n: int, count: int) -> None:
     generator, firsts = rng(), np.zeros(n)
@@ -80,3 +80,24 @@ def test_behind_the_winner_of_two_stand_the_best_of_the_rest() -> None:
     for seed in range(20):
         winner, *others = power_of_two(totals, 3, rng(seed)).tolist()
         assert others == [index for index in (3, 2, 1, 0) if index != winner][:2]
+
+
+def test_proportional_draws_by_the_totals_themselves() -> None:
+    generator, firsts = rng(), np.zeros(3)
+    for _ in range(3000):
+        firsts[proportional(np.array([0.0, 1.0, 3.0]), 1, generator)[0]] += 1
+    assert firsts[0] == 0
+    assert firsts[2] / firsts[1] == pytest.approx(3.0, rel=0.15)
+
+
+def test_proportional_names_those_of_total_0_last() -> None:
+    generator = rng()
+    for _ in range(30):
+        assert set(proportional(np.array([0.0, 1e-3, 0.0, 5.0]), 4, generator)[:2].tolist()) == {1, 3}
+
+
+def test_uniform_does_not_look_at_totals() -> None:
+    generator, firsts = rng(), np.zeros(2)
+    for _ in range(400):
+        firsts[uniform(np.array([0.0, 99.0]), 1, generator)[0]] += 1
+    assert firsts.min() > 150

@@ -4,9 +4,10 @@ import numpy as np
 
 from fakes import learned, pool, request, view
 from picker.core.cost import CostModel
-from picker.core.profile import Cost, Weighted
+from picker.core.profile import Cost, Filtered, Weighted
 from picker.core.view import PoolView
-from picker.types import Request, ScoreArray
+from picker.scorers.queue_depth import QueueDepth
+from picker.types import BoolArray, Request, ScoreArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,45 @@ class Fixed:
 
     def __call__(self, view: PoolView, request: Request) -> ScoreArray:
         return np.array(self.values, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Without:
+    """Drops the endpoints with so many waiting; remembers nothing."""
+
+    waiting: float
+    name: str = "without"
+
+    def __call__(self, view: PoolView, request: Request) -> BoolArray:
+        return np.not_equal(view.waiting, self.waiting)
+
+
+def test_scores_are_relative_to_whom_the_filters_left() -> None:
+    made = pool(a={"waiting": 100}, b={"waiting": 4}, c={"waiting": 2}, d={"waiting": 0})
+    profile = Filtered([Without(100.0)], Weighted([(QueueDepth(), 2.0)]))
+    total, parts = profile.rank(view(made), request())
+    assert total.tolist() == [-np.inf, 0.0, 1.0, 2.0]
+    np.testing.assert_array_equal(parts["queue-scorer"], [np.nan, 0.0, 1.0, 2.0])
+
+
+def test_each_filter_sees_what_the_earlier_ones_left() -> None:
+    made = pool(a={"waiting": 9}, b={"waiting": 4}, c={"waiting": 2})
+    kept, seen = Filtered([Without(9.0), Without(2.0)], Weighted([])).survivors(view(made), request())
+    assert (kept.tolist(), seen.waiting.tolist()) == ([1], [4])
+
+
+def test_filters_that_drop_nobody_change_nothing_and_those_that_drop_all_leave_nobody() -> None:
+    made = pool(a={"waiting": 9}, b={"waiting": 9})
+    inner = Weighted([(QueueDepth(), 1.0)])
+    assert Filtered([Without(1.0)], inner).rank(view(made), request())[0].tolist() == [1.0, 1.0]
+    total, parts = Filtered([Without(9.0), Without(1.0)], inner).rank(view(made), request())
+    assert (total.tolist(), parts) == ([-np.inf, -np.inf], {})
+
+
+def test_two_scorers_of_one_name_are_shown_as_their_sum() -> None:
+    profile = Weighted([(Fixed("x", (1.0, 0.0)), 1.0), (Fixed("x", (0.5, 1.0)), 2.0)])
+    total, parts = profile.rank(view(pool(a=0, b=0)), request())
+    assert total.tolist() == parts["x"].tolist() == [2.0, 2.0]
 
 
 def test_weighted_is_the_sum_of_scores_times_weights() -> None:

@@ -16,6 +16,7 @@ import picker.scorers
 from fakes import NOW, endpoint, pool, request
 from picker.core.pool import COLUMNS, Pool
 from picker.core.view import PoolView
+from picker.scorers.no_hit_lru import NoHitLru
 from picker.types import Int64Array
 
 MODEL = "adapter"
@@ -85,6 +86,10 @@ def view_of(made: Pool, given_states: list[State], rows: Int64Array, session_row
 
 
 every_scorer = pytest.mark.parametrize("kind", found(), ids=lambda kind: kind.__name__)
+# The endpoint picker ranks those never given a cold prompt by their place in the list: its formula, kept as it is.
+BY_PLACE = (NoHitLru,)
+impartial = [kind for kind in found() if kind not in BY_PLACE]
+every_impartial_scorer = pytest.mark.parametrize("kind", impartial, ids=lambda kind: kind.__name__)
 few = settings(max_examples=25, deadline=None)
 
 
@@ -123,7 +128,7 @@ def test_scores_are_float32_from_0_to_1_one_for_each_candidate_and_nothing_is_wr
         np.testing.assert_array_equal(getattr(made, column), values, err_msg=column)
 
 
-@every_scorer
+@every_impartial_scorer
 @few
 @given(state=states, count=st.integers(1, 5))
 def test_equal_endpoints_get_equal_scores(kind: type[Any], state: State, count: int) -> None:
@@ -132,7 +137,7 @@ def test_equal_endpoints_get_equal_scores(kind: type[Any], state: State, count: 
     assert len(set(scores.tolist())) == 1
 
 
-@every_scorer
+@every_impartial_scorer
 @few
 @given(data=st.data(), given_states=st.lists(states, min_size=1, max_size=6), session=st.none() | st.integers(0, 5))
 def test_permuting_endpoints_permutes_scores(
@@ -145,7 +150,7 @@ def test_permuting_endpoints_permutes_scores(
     np.testing.assert_array_equal(mixed, straight[order])
 
 
-@every_scorer
+@every_impartial_scorer
 def test_a_scorer_copes_with_a_pool_nobody_has_scraped(kind: type[Any]) -> None:
     made = pool(a=0, b=0, c=0)
     scores = kind()(PoolView(made, np.arange(3), NOW), request())

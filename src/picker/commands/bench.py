@@ -60,8 +60,8 @@ def events(as_json: bool, **settings: Any) -> None:
     """KV events into the index of exact prefixes, and prompts matched with it, by number of endpoints.
 
     events_per_s: blocks stored or removed in a second of CPU time, from the bytes of a batch on; decode, spell,
-    index: the shares of one. bytes_per_block: for a block of an endpoint, where no two hold the same; shared: where all hold all.
-    match: walk and count for prompts of 32 and 400 KB. dict: the same with a plain dict of sets.
+    index: the shares of one. bytes_per_block: for a block of an endpoint, where no two hold the same; shared: where
+    all hold all. match: walk and count for prompts of 32 and 400 KB. dict: the same with a plain dict of sets.
     """
     from picker.bench.events import COLUMNS, rows
 

@@ -61,6 +61,7 @@ def routing_options(command: F) -> F:
 def routing_config(
     more: Mapping[str, Any],
     *,
+    load: Callable[[Path | None], Config] = load_config,
     config_file: Path | None,
     endpoints: tuple[str, ...],
     endpoints_file: str | None,
@@ -75,10 +76,13 @@ def routing_config(
     seed: int | None,
     log_level: str,
 ) -> Config:
-    """The configuration that the file and the shared flags describe. more: dotted keys of further flags."""
+    """The configuration that the file and the shared flags describe. more: dotted keys of further flags.
+
+    load: reads the file, for commands that understand other projects' files, too.
+    """
     start_logging(log_level)
     return override(
-        load_config(config_file),
+        load(config_file),
         {
             "endpoints": list(endpoints) or None,
             "endpoints_file": endpoints_file,

@@ -45,6 +45,25 @@ def weighted_random(total: FloatArray, count: int, rng: np.random.Generator) -> 
     return np.argsort(-keys, kind="stable")[: min(count, total.size)]
 
 
+def proportional(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
+    """Sample without replacement with probability proportional to the total itself: keys of U^(1/total), largest first.
+
+    llm-d's `weighted-random-picker`: a total of 0 comes behind all others; when all are, the draw is uniform.
+    """
+    if not (total > 0.0).any():
+        return uniform(total, count, rng)
+    with np.errstate(divide="ignore", over="ignore"):
+        keys = np.where(total > 0.0, np.log(rng.random(total.size)) / np.maximum(total, 0.0), -np.inf)
+    order: Int64Array = np.lexsort((rng.random(total.size), -keys))
+    return order[:count]
+
+
+def uniform(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
+    """Anybody, whatever the totals (llm-d's `random-picker`)."""
+    order: Int64Array = rng.permutation(total.size)
+    return order[:count]
+
+
 def power_of_two(total: FloatArray, count: int, rng: np.random.Generator) -> Int64Array:
     """The better of two candidates drawn at random (Mitzenmacher 2001), then the rest by score."""
     n = total.size
@@ -60,4 +79,8 @@ PICKERS: dict[str, Picker] = {
     "max-score": max_score,
     "weighted-random": weighted_random,
     "power-of-two": power_of_two,
+    # the endpoint picker's
+    "max-score-picker": max_score,
+    "weighted-random-picker": proportional,
+    "random-picker": uniform,
 }

@@ -23,6 +23,7 @@ from picker.core.pick import Picker, max_score
 from picker.core.pins import MARKS, Hold, hold
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
+from picker.core.saturation import Detector
 from picker.core.snapshot import EndpointState, endpoint_state
 from picker.core.view import PoolView, place
 from picker.prefix.approximate import ApproximateIndex
@@ -117,8 +118,10 @@ class Scheduler:
         profile: Profile | None = None,
         picker: Picker = max_score,
         exact: Exact | None = None,
+        saturation: Detector | None = None,
     ) -> None:
         self.settings = settings
+        self._saturation = saturation
         self.pool = Pool()
         self.index = index
         self.exact = exact
@@ -156,6 +159,9 @@ class Scheduler:
         candidates = filters.candidates(self.pool, request, now)
         if isinstance(candidates, Rejection):
             return candidates
+        if request.priority < 0 and self._saturated(request, candidates, now):
+            message = "The endpoints are saturated, and this request may be dropped."
+            return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         open_to = candidates if free is None else candidates & free
         rows = open_to.nonzero()[0]
@@ -217,6 +223,11 @@ class Scheduler:
         instants = rested[rested > self._polled_at].tolist() + ([] if deadline is None else [deadline])
         return min(instants, default=None)
 
+    @property
+    def headers(self) -> frozenset[str]:
+        """Names of the request headers that its policy asks for, in lower case."""
+        return frozenset(getattr(self._profile, "headers", ()))
+
     def is_adapter(self, model: str) -> bool:
         """Whether an engine has said that this is a LoRA adapter."""
         return self.charges.adapters.of(model) is not None
@@ -248,6 +259,14 @@ class Scheduler:
             for row, endpoint in self.pool
         ]
 
+    def _saturated(self, request: Request, candidates: BoolArray, now: float) -> bool:
+        """Whether those who may take it are as full as the policy lets them be."""
+        if self._saturation is None:
+            return False
+        return (
+            self._saturation.saturation(PoolView(self.pool, candidates.nonzero()[0], now, model=request.model)) >= 1.0
+        )
+
     # --- waiting ---
 
     def _must_wait_behind(self, request: Request, open_to: BoolArray, now: float) -> bool:
@@ -276,11 +295,16 @@ class Scheduler:
 
     # --- deciding ---
 
-    def _decide(self, request: Request, rows: Int64Array, now: float, reading: Reading | None = None) -> Decision:
+    def _decide(
+        self, request: Request, rows: Int64Array, now: float, reading: Reading | None = None
+    ) -> Decision | Rejection:
         sight = self._look(request, rows, now, reading)
         view = sight.view
         total, parts = self._profile.rank(view, request)
         order = self._picker(total, 1 + self.settings.fallbacks, self._rng).tolist()
+        if not order:
+            message = "No endpoint passes the filters of this request's profile."
+            return Rejection(request.id, RejectReason.NO_MATCH, 429, message, _RETRY_AFTER_S)
         best = order[0]
         self._book(request, sight, best, now)
         endpoint, *fallbacks = [self.pool.endpoint(rows.item(index)) for index in order]

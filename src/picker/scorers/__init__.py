@@ -9,14 +9,21 @@ from typing import Any
 
 from picker.core.profile import Scorer
 from picker.errors import ConfigError
+from picker.scorers.active_request import ActiveRequest
+from picker.scorers.context_length import ContextLength
+from picker.scorers.header_label import HeaderLabel
 from picker.scorers.inflight import Inflight
 from picker.scorers.kv_usage import KvUsage
+from picker.scorers.latency import Latency
+from picker.scorers.load_aware import LoadAware
 from picker.scorers.lora_affinity import LoraAffinity
+from picker.scorers.no_hit_lru import NoHitLru
 from picker.scorers.prefix_cache import PrefixCache
 from picker.scorers.queue_depth import QueueDepth
 from picker.scorers.recency import Recency
 from picker.scorers.running import Running
 from picker.scorers.session import Session
+from picker.scorers.token_load import TokenLoad
 
 # Short names are the endpoint picker's where it has the scorer.
 SCORERS: Mapping[str, type[Any]] = {
@@ -26,6 +33,13 @@ SCORERS: Mapping[str, type[Any]] = {
     "running-requests-size-scorer": Running,
     "lora-affinity-scorer": LoraAffinity,
     "session-affinity-scorer": Session,
+    "token-load-scorer": TokenLoad,
+    "active-request-scorer": ActiveRequest,
+    "load-aware-scorer": LoadAware,
+    "no-hit-lru-scorer": NoHitLru,
+    "context-length-aware": ContextLength,
+    "header-label-affinity-scorer": HeaderLabel,
+    "latency-scorer": Latency,
     "inflight-scorer": Inflight,
     "recency-scorer": Recency,
 }
@@ -36,7 +50,7 @@ def build_scorer(name: str, parameters: Mapping[str, Any]) -> Scorer:
     kind = SCORERS.get(name) or _imported(name)
     try:
         scorer: Scorer = kind(**parameters)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"scorer {name!r}: {error}") from None
     return scorer
 

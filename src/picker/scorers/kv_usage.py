@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from picker.core.profile import filled
 from picker.core.view import PoolView
 from picker.types import Request, ScoreArray
 
@@ -17,7 +18,4 @@ class KvUsage:
     name: str = "kv-cache-utilization-scorer"
 
     def __call__(self, view: PoolView, request: Request) -> ScoreArray:
-        usage = view.kv_usage
-        known = ~np.isnan(usage)
-        default = usage[known].mean() if known.any() else 0.5
-        return np.clip(1.0 - np.where(known, usage, default), 0.0, 1.0).astype(np.float32)
+        return np.clip(1.0 - filled(view.kv_usage, 0.5), 0.0, 1.0).astype(np.float32)

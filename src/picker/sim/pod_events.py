@@ -28,12 +28,13 @@ class Prompted:
 
 
 class _Cached:
-    """A hash in the cache: its digest as vLLM has it, and how many blocks carry it."""
+    """A hash in the cache: its digest as vLLM has it, how events tell it, and how many blocks carry it."""
 
-    __slots__ = ("copies", "digest")
+    __slots__ = ("copies", "digest", "told")
 
-    def __init__(self, digest: bytes) -> None:
+    def __init__(self, digest: bytes, told: Hash) -> None:
         self.digest = digest
+        self.told = told
         self.copies = 0
 
 
@@ -100,20 +101,21 @@ class CacheEvents:
         cached.copies -= 1
         if not cached.copies:
             del self._cached[block_hash]
-        return self._told(cached.digest)
+        return cached.told
 
     def _stored(self, stored: StoredBlocks) -> Stored:
         prompted, size, first = self._requests[stored.request_id], self._block_size, stored.first
         tokens = prompted.tokens[first * size : (first + len(stored.hashes)) * size].tolist()
-        parent = self._cached[int(self._chains[stored.request_id][first - 1])].digest if first else None
+        parent = last = self._cached[int(self._chains[stored.request_id][first - 1])] if first else None
         keys = [self._keys(prompted, first + i) for i in range(len(stored.hashes))]
-        told, last = [], parent
+        told: list[Hash] = []
         for number, block_hash in enumerate(stored.hashes):
-            last = self._digest(block_hash, last, tokens[number * size : (number + 1) * size], keys[number])
-            told.append(self._told(last))
+            block = tokens[number * size : (number + 1) * size]
+            last = self._cache(block_hash, None if last is None else last.digest, block, keys[number])
+            told.append(last.told)
         return Stored(
             hashes=tuple(told),
-            parent=None if parent is None else self._told(parent),
+            parent=None if parent is None else parent.told,
             tokens=tuple(tokens),
             block_size=size,
             lora_id=self._adapters.get(prompted.adapter) if prompted.adapter else None,
@@ -125,19 +127,20 @@ class CacheEvents:
             session=prompted.session,
         )
 
-    def _digest(self, block_hash: int, parent: bytes | None, tokens: list[int], keys: Keys) -> bytes:
+    def _cache(self, block_hash: int, parent: bytes | None, tokens: list[int], keys: Keys) -> _Cached:
         cached = self._cached.get(block_hash)
         if cached is None:
-            cached = self._cached[block_hash] = _Cached(self._hasher.block(parent, tokens, keys))
+            digest = self._hasher.block(parent, tokens, keys)
+            told = digest if self._whole_hashes else as_number(digest)
+            cached = self._cached[block_hash] = _Cached(digest, told)
         cached.copies += 1
-        return cached.digest
+        return cached
 
     def _keys(self, prompted: Prompted, index: int) -> Keys:
-        adapter = prompted.adapter
-        return extra_keys(index, adapter=adapter, path=adapter and adapter_path(adapter), salt=prompted.salt)
-
-    def _told(self, digest: bytes) -> Hash:
-        return digest if self._whole_hashes else as_number(digest)
+        adapter, salt = prompted.adapter, prompted.salt
+        if adapter is None and (salt is None or index):
+            return ()
+        return extra_keys(index, adapter=adapter, path=adapter and adapter_path(adapter), salt=salt)
 
 
 def adapter_path(adapter: str) -> str:

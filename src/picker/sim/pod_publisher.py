@@ -76,6 +76,11 @@ class EventPublisher:
         """Number of the next batch: how many there have been since the start."""
         return self._seq
 
+    @property
+    def buffered(self) -> tuple[tuple[int, bytes], ...]:
+        """(number, payload) of the batches that a replay could have."""
+        return tuple(self._buffer)
+
     def open(self, *, address: str, model: str) -> None:
         """Bind the sockets. Raises ConfigError when a port cannot be had. address, model: what the topic may name."""
         self._topic = self._options.named(address=address, model=model).encode()
