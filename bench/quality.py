@@ -30,8 +30,8 @@ from picker.bench import machine
 from picker.errors import ConfigError
 from picker.sim.bounds import REFERENCES
 from picker.sim.capacity import stable_rate
-from picker.sim.compare import Cell, Comparison, Grid, Interval, Metric, Overall, floor_distance, gap_closed
-from picker.sim.policies import POLICIES, policy
+from picker.sim.compare import Cell, Comparison, Grid, Interval, Metric, Overall, floor_distance, gap_closed, pair
+from picker.sim.policies import POLICIES, TOLD, policy
 from picker.sim.report import words
 from picker.sim.scenario import Scenario, scenario
 from picker.sim.trial import Trial, simulate
@@ -366,6 +366,9 @@ def summary(rows: Sequence[Row], made: Mapping[str, Sequence[str]]) -> str:
             ),
         ),
     ]
+    if known := list(_knowledge(comparison.grid)):
+        head = ("cell", "policy", *(f"{m.title}, exact / approximate" for m in Metric), "hit ratio", "with exact")
+        sections += ["## What exact knowledge of the caches buys each policy", _table(head, known)]
     for title, column in (
         *((m.title + ", s", m.value) for m in Metric),
         ("hit ratio", "hit_ratio"),
@@ -373,6 +376,18 @@ def summary(rows: Sequence[Row], made: Mapping[str, Sequence[str]]) -> str:
     ):
         sections += [f"## {title[0].upper()}{title[1:]}", _figures(comparison.grid, column)]
     return "\n\n".join(sections) + "\n"
+
+
+def _knowledge(grid: Grid) -> Iterator[tuple[str, ...]]:
+    """Every policy that ran both by what it guesses of the caches and by what the engines tell."""
+    rng = np.random.default_rng(0)
+    for cell in grid.cells:
+        for name in grid.policies_of(cell):
+            exact = name + TOLD
+            if grid.seeds(cell, name, exact):
+                ratios = [words.ratio(pair(grid, cell, metric, name, rng, ours=exact).interval) for metric in Metric]
+                hits = [words.number(grid.mean(cell, each, "hit_ratio")) for each in (name, exact)]
+                yield str(cell), name, *ratios, *hits
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, list[str]]:

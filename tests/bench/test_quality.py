@@ -166,6 +166,14 @@ def test_a_summary_says_how_it_was_made_and_shows_every_cell() -> None:
     assert "| bursty-chat at 0.7 | 4.00 | 1.00 |" in text.replace("| 1.00 | 4.00 |", "| 4.00 | 1.00 |")
 
 
+def test_a_summary_says_what_exact_knowledge_buys_those_that_ran_with_both() -> None:
+    runs = grid("agentic", 0.5, picker=4.0, picker_exact=3.0, round_robin=8.0)
+    text = summary([{**run, "hit_ratio": 0.5} for run in runs], {})
+    assert "| agentic at 0.5 | picker | 0.750 | 0.750 | 0.750 | 0.500 | 0.500 |" in text
+    assert "| agentic at 0.5 | round-robin | 0" not in text
+    assert "exact knowledge" not in summary(grid("agentic", 0.5, picker=4.0, round_robin=8.0), {})
+
+
 def test_nothing_to_sum_up_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no runs yet"):
         call(tmp_path, "--summary")

@@ -35,7 +35,7 @@ from picker.sim.policies.peer import Peer
 from picker.sim.policies.sglang_cache_aware import SglangCacheAware
 
 _INDEX_BUDGET = 1 << 30
-_TOLD = "-exact"
+TOLD = "-exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def policy(name: str) -> Factory:
     """
     if name in POLICIES:
         return POLICIES[name]
-    base = name.removesuffix(_TOLD)
+    base = name.removesuffix(TOLD)
     if base != name and base in POLICIES:
         return lambda pool, seed: POLICIES[base](replace(pool, exact=True), seed)
     near = difflib.get_close_matches(base, POLICIES, n=3, cutoff=0.4) or list(POLICIES)
