@@ -77,6 +77,11 @@ def test_the_older_spelling_of_version_detector_and_parser_is_read() -> None:
     assert fate_of(imported, "metricsStalenessThreshold") == [Fate.PARTLY]
 
 
+def test_thresholds_in_place_of_a_detector_are_the_older_spelling_of_it() -> None:
+    config = config_of(read("saturationDetector: {queueDepthThreshold: 7, kvCacheUtilThreshold: 0.7}"))
+    assert build_saturation(config) == Utilization(queue_depth=7, kv_usage=0.7, stale_s=4.0)
+
+
 def test_the_affinity_gate_stands_before_token_load() -> None:
     config = config_of(fixture("optimized-baseline"))
     assert filters(config) == [("prefix-cache-affinity-filter", {"affinity_threshold": 0.8})]
@@ -381,6 +386,11 @@ def test_every_plugin_type_can_be_named_and_is_spoken_of(type_: str) -> None:
             "plugins: [{type: queue-scorer}]\nsaturationDetector: {pluginRef: queue-scorer}",
             "'queue-scorer' is no saturation detector",
         ),
+        (
+            "plugins: [{type: utilization-detector}]\nsaturationDetector: {queueDepthThreshold: 7}",
+            "saturationDetector: thresholds here, or a plugin utilization-detector with them, not both",
+        ),
+        ("saturationDetector: {queueDepth: 7}", "saturationDetector.queueDepth: unknown key; did you mean 'queueDepth"),
         ("flowControl: {defaultRequestTTL: soon}", "'soon' is not a duration"),
         ("flowControl: {maxRequests: many}", "'many' is not a quantity"),
         ("flowControl: {defaultPriorityBand: {fairnessPolicyRef: fair}}", "there is no plugin 'fair'"),

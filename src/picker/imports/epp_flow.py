@@ -7,7 +7,7 @@ from typing import Any
 from picker.errors import ConfigError
 from picker.imports.epp_draft import Draft, Named
 from picker.imports.epp_plugins import KINDS, Part
-from picker.imports.epp_schema import Band, Document, FlowControl, quantity, seconds
+from picker.imports.epp_schema import Band, Detector, Document, FlowControl, Plugin, quantity, seconds
 from picker.imports.report import Fate
 
 _DEFAULT_DETECTOR = "utilization-detector"
@@ -21,11 +21,20 @@ def read_detector(draft: Draft, document: Document) -> None:
     reference = flow.saturation_detector or document.saturation_detector
     where = "flowControl.saturationDetector" if flow.saturation_detector else "saturationDetector"
     name = (reference.plugin_ref if reference else "") or _DEFAULT_DETECTOR
+    if document.saturation_detector and document.saturation_detector.parameters:
+        _old_detector(draft, document.saturation_detector)
     plugin = draft.find(name, where, known=(_DEFAULT_DETECTOR,))
     if plugin.kind.part is not Part.DETECTOR:
         raise ConfigError(f"{where}: {name!r} is no saturation detector")
     awaken(draft, plugin)
     draft.values["saturation"] = {"detector": plugin.type, "parameters": plugin.ours}
+
+
+def _old_detector(draft: Draft, detector: Detector) -> None:
+    """Thresholds in place of a reference are the plugin's that they later became parameters of."""
+    if detector.plugin_ref or _DEFAULT_DETECTOR in draft.plugins:
+        raise ConfigError(f"saturationDetector: thresholds here, or a plugin {_DEFAULT_DETECTOR} with them, not both")
+    draft.add("saturationDetector", Plugin(type=_DEFAULT_DETECTOR, parameters=detector.parameters))
 
 
 def awaken(draft: Draft, plugin: Named) -> None:

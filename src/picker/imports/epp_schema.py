@@ -73,6 +73,24 @@ class FlowControl(Part, frozen=True):
     enable_eviction: bool = False
 
 
+class Detector(Reference, frozen=True):
+    """The thresholds are how it was spelled before detectors were plugins (up to v1.4 of the extension)."""
+
+    queue_depth_threshold: int | None = None
+    kv_cache_util_threshold: float | None = None
+    metrics_staleness_threshold: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The thresholds under the names that the plugin has for them."""
+        given = {
+            "queueDepthThreshold": self.queue_depth_threshold,
+            "kvCacheUtilThreshold": self.kv_cache_util_threshold,
+            "metricsStalenessThreshold": self.metrics_staleness_threshold,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+
 class RequestHandler(Part, frozen=True):
     parsers: list[Reference] | None = None
 
@@ -87,7 +105,7 @@ class Document(Part, frozen=True):
     data_layer: DataLayer | None = None
     flow_control: FlowControl | None = None
     request_handler: RequestHandler | None = None
-    saturation_detector: Reference | None = None
+    saturation_detector: Detector | None = None
     parser: Reference | None = None
 
 
@@ -122,6 +140,7 @@ _SECTIONS: dict[str, type[Part]] = {
     "defaultPriorityBand": Band,
     "defaultNegativePriorityBand": Band,
     "requestHandler": RequestHandler,
+    "saturationDetector": Detector,
 }
 
 
