@@ -1,10 +1,13 @@
 """Hours of trouble for the ext-proc service behind a real Envoy, and what is left of it at the end.
 
-python -m bench.soak [--minutes M] [--mode full|lean] [--rate R] [--pods N] [--seed N] [--json]
+python -m bench.soak [--hours H] [--rate R] [--speed S] [--mode full|lean] [--pods N] [--seed N] [--json]
 
-Simulated pods are killed and come back, the list of endpoints changes all the time, a part of the clients leaves at any
-moment, and picker itself is restarted now and then. Passed means: every request that was not disturbed got a whole
-answer, none hung, nothing is in flight when all is quiet, and picker's memory has stopped growing.
+Hours' worth of requests, R a second, sent S times as fast: one hour at 12 a second and six times the speed takes ten
+minutes. Simulated pods are killed and come back, the list of endpoints changes all the time, a part of the clients
+leaves at any moment, and in the first half picker itself is restarted now and then; in the second it lives on, for its
+memory to be seen. Passed means: every request got a whole answer, except those whose own pod was killed while it
+answered and those that met a picker that was away; none hung, nothing is in flight when all is quiet, and picker's
+memory has stopped growing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import math
 import random
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -31,28 +35,35 @@ from picker.bench import machine
 MODEL = "soak"
 _TIMEOUT = 60.0  # seconds until an answer counts as hanging
 _SETTLED = 30.0  # seconds that the last request may take to be told of
-_NEAR = 1.5  # seconds after a disturbance within which a request may still suffer from it
+_NEAR = 1.5  # seconds that Envoy may take to notice that picker is there again
+_SOON = 0.2  # seconds that the end of a killed pod's connections may take to reach a client
+_POD_HEADER = "x-soak-pod"  # which pod a response is of, as Envoy says
 _ABORTED = 0.15  # share of clients that leave
+_QUIET = (20_000, 32_000)  # ports; below what Linux takes for outgoing connections
+_TAKEN: set[int] = set()
 _GAUGES = ("picker_inflight_requests", "picker_queued_requests", "picker_extproc_streams", "picker_unheard_requests")
 
 
 @dataclass(slots=True)
 class Figures:
-    """What came of it. lost: undisturbed requests without a whole answer, and hung ones; left: what gauges still say.
+    """What came of it. cut: answers broken off with the pod that gave them; away: requests that met no picker.
 
-    rss_mb: of picker, after a quarter of its longest life and at the end of that.
+    lost: all others without a whole answer, and hung ones. left: what gauges still say. rss_mb: of picker, after a
+    quarter of its longest life and at the end of that; life_s: how long that was.
     """
 
     requests: int = 0
     whole: int = 0
     aborted: int = 0
-    disturbed: int = 0
+    cut: int = 0
+    away: int = 0
     lost: list[str] = field(default_factory=list)
     kills: int = 0
     restarts: int = 0
     changes: int = 0
     left: dict[str, float] = field(default_factory=dict)
     rss_mb: tuple[float, float] = (0.0, 0.0)
+    life_s: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -109,10 +120,11 @@ class Soak:
         self._over = asyncio.Event()
         self._admin = ""
         self._url = ""
-        self._trouble: list[tuple[float, float]] = []  # from when until when
+        self._away: list[tuple[float, float]] = []  # when picker was: from when until when
+        self._dead: dict[str, list[tuple[float, float]]] = {}  # when pods were, by address
 
     def _pod(self, number: int) -> Process:
-        options = ("--port", "0", "--model", MODEL, "--time-scale", "20", "--seed", str(number))
+        options = ("--port", str(_quiet_port()), "--model", MODEL, "--time-scale", "20", "--seed", str(number))
         return Process(self._folder / f"pod-{number}.log", sys.executable, "-m", "picker", "sim", *options)
 
     @contextlib.asynccontextmanager
@@ -120,13 +132,10 @@ class Soak:
         """Pods, picker and Envoy, answering."""
         try:
             self._addresses = list(await asyncio.gather(*(pod.start(r"pod on http://(\S+)") for pod in self._pods)))
-            for pod, address in zip(self._pods, self._addresses, strict=True):  # the next life is at the same place
-                port = address.rpartition(":")[2]
-                pod.command = tuple(port if part == "0" and pod.command[i - 1] == "--port" else part
-                                    for i, part in enumerate(pod.command))  # fmt: skip
             self._list(self._addresses)
             port = await self._start_picker("0")
             config = envoy.bootstrap(self._addresses, f"127.0.0.1:{port}", lean=self._mode == "lean")
+            _name_pods(config)
             async with envoy.running_envoy(config) as running:
                 self._url = f"http://127.0.0.1:{running.ports[envoy.GATEWAY]}/v1/completions"
                 await self._start_picker_again(port)  # from here on at a port that Envoy knows
@@ -148,7 +157,7 @@ class Soak:
         return bound
 
     async def _start_picker_again(self, port: str) -> None:
-        with self._disturbing():
+        with _during(self._away):
             await self._picker.stop(kill=False)
             await self._start_picker(port)
             await self._ready()
@@ -166,13 +175,6 @@ class Soak:
         (self._folder / "new.yaml").write_text(text)
         (self._folder / "new.yaml").replace(self._folder / "endpoints.yaml")
 
-    @contextlib.contextmanager
-    def _disturbing(self) -> Iterator[None]:
-        begun, at = monotonic(), len(self._trouble)
-        self._trouble.append((begun, math.inf))
-        yield
-        self._trouble[at] = (begun, monotonic())
-
     # what happens
 
     async def go(self, seconds: float, *, restarts: bool) -> None:
@@ -182,11 +184,12 @@ class Soak:
             happenings = [group.create_task(self._churn()), group.create_task(self._kill())]
             watch = group.create_task(self._watch(until))
             if restarts:
-                happenings.append(group.create_task(self._restart()))
-            asking = []
-            while monotonic() < until:
+                happenings.append(group.create_task(self._restart(monotonic() + seconds / 2)))
+            asking, at = [], monotonic()
+            while at < until:
                 asking.append(group.create_task(self._ask(session)))
-                await asyncio.sleep(self._rng.expovariate(self._rate))
+                at += self._rng.expovariate(self._rate)
+                await asyncio.sleep(max(at - monotonic(), 0.0))
             self._over.set()
             await asyncio.wait([*happenings, *asking])
             await watch
@@ -200,21 +203,31 @@ class Soak:
         return not self._over.is_set()
 
     async def _churn(self) -> None:
-        """At least one endpoint stays; one of those that are listed may be dead, and one that lives unlisted."""
+        """Of those that are listed one may be dead, no more: only one is at a time."""
         while await self._goes_on(0.3, 1.5):
-            self._list(self._rng.sample(self._addresses, self._rng.randint(1, len(self._addresses))))
+            self._list(self._rng.sample(self._addresses, self._rng.randint(2, len(self._addresses))))
             self.figures.changes += 1
 
     async def _kill(self) -> None:
         while await self._goes_on(2.0, 6.0):
-            pod = self._rng.choice(self._pods[1:])  # the first one lives: requests may always go somewhere
-            with self._disturbing(), contextlib.suppress(RuntimeError):  # its port may be taken meanwhile
-                await pod.stop(kill=True)
+            number = self._rng.randrange(len(self._pods))
+            with _during(self._dead.setdefault(self._addresses[number], [])):
+                await self._pods[number].stop(kill=True)
                 self.figures.kills += 1
-                await pod.start(r"pod on http://(\S+)")
+                await self._return(self._pods[number])
 
-    async def _restart(self) -> None:
-        while await self._goes_on(20.0, 40.0):
+    async def _return(self, pod: Process) -> None:
+        """Its port may serve somebody's outgoing connection meanwhile, for a moment."""
+        while True:
+            try:
+                await pod.start(r"pod on http://(\S+)")
+            except RuntimeError:
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+    async def _restart(self, until: float) -> None:
+        while await self._goes_on(15.0, 30.0) and monotonic() < until:
             port = self._picker.command[self._picker.command.index("--grpc-port") + 1]
             await self._start_picker_again(port)
             self.figures.restarts += 1
@@ -226,7 +239,7 @@ class Soak:
             with contextlib.suppress(OSError, ValueError):  # between two lives
                 lives.setdefault(self._picker.pid, []).append(self._picker.rss_mb)
         longest = max(lives.values(), key=len)
-        self.figures.rss_mb = (longest[len(longest) // 4], longest[-1])
+        self.figures.rss_mb, self.figures.life_s = (longest[len(longest) // 4], longest[-1]), float(len(longest))
 
     # requests
 
@@ -238,9 +251,11 @@ class Soak:
         body = {"model": MODEL, "prompt": prompt, "max_tokens": rng.randint(1, 200), "stream": stream}
         leaves = rng.expovariate(5.0) if rng.random() < _ABORTED else None
         found: str | None
+        pod = None
         try:
             async with asyncio.timeout(leaves if leaves is not None else _TIMEOUT):
                 async with session.post(self._url, json=body) as response:
+                    pod = response.headers.get(_POD_HEADER) if response.status == 200 else None
                     answer = await response.read()
                     found = _whole(response.status, answer, stream=stream)
         except TimeoutError:
@@ -251,14 +266,14 @@ class Soak:
             figures.whole += 1
         elif found is None:
             figures.aborted += 1
-        elif self._disturbed(begun) and found != "no answer in time":
-            figures.disturbed += 1
+        elif found == "no answer in time":
+            figures.lost.append(found)
+        elif pod is not None and _met(self._dead.get(pod, ()), begun, _SOON):
+            figures.cut += 1
+        elif _met(self._away, begun, _NEAR):
+            figures.away += 1
         else:
             figures.lost.append(found)
-
-    def _disturbed(self, begun: float) -> bool:
-        ended = monotonic()
-        return any(begin <= ended and begun <= end + _NEAR for begin, end in self._trouble)
 
     async def _settle(self) -> None:
         """Wait until nothing is in flight; what still is when the time is over is what is left."""
@@ -272,6 +287,43 @@ class Soak:
                 if not any(self.figures.left.values()) or monotonic() > until:
                     return
                 await asyncio.sleep(0.2)
+
+
+def _quiet_port() -> int:
+    """A free port that the system gives nobody for outgoing connections.
+
+    Whoever connects to a port of those while nobody listens there may get it himself, and talk to himself.
+    """
+    for port in range(*_QUIET):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            if port not in _TAKEN:
+                probe.bind(("127.0.0.1", port))
+                _TAKEN.add(port)
+                return port
+    raise RuntimeError(f"no free port from {_QUIET[0]} to {_QUIET[1]}")
+
+
+def _met(times: Sequence[tuple[float, float]], begun: float, after: float) -> bool:
+    """Whether any of these was during a request that began then and is just over."""
+    ended = monotonic()
+    return any(begin <= ended and begun <= end + after for begin, end in times)
+
+
+@contextlib.contextmanager
+def _during(times: list[tuple[float, float]]) -> Iterator[None]:
+    begun, at = monotonic(), len(times)
+    times.append((begun, math.inf))
+    yield
+    times[at] = (begun, monotonic())
+
+
+def _name_pods(config: envoy.Json) -> None:
+    """Have Envoy say which pod each response is of."""
+    header = {"key": _POD_HEADER, "value": "%UPSTREAM_REMOTE_ADDRESS%"}
+    for listener in config["static_resources"]["listeners"]:
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        for host in manager["route_config"]["virtual_hosts"]:
+            host["response_headers_to_add"] = [{"header": header}]
 
 
 def _entry(address: str) -> dict[str, str | int]:
@@ -299,16 +351,19 @@ async def soak(*, seconds: float, mode: str, pods: int, rate: float, seed: int, 
 
 
 @click.command()
-@click.option("--minutes", default=10.0, show_default=True)
+@click.option("--hours", default=1.0, show_default=True, help="So many hours' worth of requests.")
 @click.option("--mode", type=click.Choice(["full", "lean"]), default="full", show_default=True)
-@click.option("--rate", default=30.0, show_default=True, help="Requests a second.")
+@click.option("--rate", default=12.0, show_default=True, help="Requests a second in these hours.")
+@click.option("--speed", default=6.0, show_default=True, help="How much faster they are sent.")
 @click.option("--pods", type=click.IntRange(min=2), default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(minutes: float, mode: str, rate: float, pods: int, seed: int, as_json: bool) -> None:
+def main(hours: float, rate: float, speed: float, mode: str, pods: int, seed: int, as_json: bool) -> None:
     """Soak the ext-proc service; exit status 1 when something was lost, is left over, or has grown."""
-    figures = asyncio.run(soak(seconds=minutes * 60, mode=mode, pods=pods, rate=rate, seed=seed))
-    found = {"mode": mode, "minutes": minutes, "rate": rate, "seed": seed, **asdict(figures)}
+    seconds = hours * 3600.0 / speed
+    figures = asyncio.run(soak(seconds=seconds, mode=mode, pods=pods, rate=rate * speed, seed=seed))
+    settings = {"hours": hours, "rate": rate, "speed": speed, "seconds": seconds, "pods": pods, "seed": seed}
+    found = {"mode": mode, **settings, **asdict(figures)}
     if as_json:
         click.echo(json.dumps({**found, "passed": figures.passed, "machine": machine.describe()}))
     else:

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from picker.app import build_limits
 from picker.config import POLICIES, Config, EndpointSpec, from_values, load_config, override, parse_config, schema
 from picker.config import to_values as values_of
 from picker.errors import ConfigError
@@ -110,6 +111,7 @@ def test_what_is_wrong_is_named_with_its_place_and_the_nearest_right_word(text: 
         ("limits: {max_body_bytes: 0}", r"limits\.max_body_bytes: must be greater"),
         ("queue: {timeout_s: 0}", r"queue\.timeout_s: must be greater"),
         ("queue: {max_inflight: 0}", r"queue\.max_inflight: must be at least 1 or null, got 0"),
+        ("epp: {workers: 0}", r"epp\.workers: must be from 1 to 64, got 0"),
         ("proxy: {idle_timeout_s: -2}", r"proxy\.idle_timeout_s: must be greater"),
         ("proxy: {port: 70000}", r"proxy\.port: must be a port from 0 to 65535, got 70000"),
         ("epp: {mode: slim}", r"epp\.mode: 'slim' is not one of full, lean"),
@@ -169,6 +171,19 @@ def test_flags_are_checked_like_the_file() -> None:
         override(Config(), {"proxy.port": 70000})
     with pytest.raises(ConfigError, match=r"policy: 'x' is not one of"):
         override(Config(), {"policy": "x"})
+
+
+def test_objectives_have_priorities_and_the_exchange_is_told_them() -> None:
+    config = parse_config("objectives: {chat: 10, batch: -1}")
+    assert build_limits(config).objectives == {"chat": 10, "batch": -1}
+    with pytest.raises(ConfigError, match=r"objectives\[\.\.\.\]: Expected `int`"):
+        parse_config("objectives: {chat: urgent}")
+
+
+def test_the_oldest_version_of_tls_is_one_that_is_spoken() -> None:
+    assert parse_config("epp: {tls_min_version: '1.3'}").epp.tls_min_version == "1.3"
+    with pytest.raises(ConfigError, match=r"epp\.tls_min_version: '1\.1' is not one of 1\.2, 1\.3"):
+        parse_config("epp: {tls_min_version: '1.1'}")
 
 
 def test_a_configuration_is_frozen() -> None:

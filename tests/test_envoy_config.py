@@ -99,12 +99,18 @@ def test_picker_is_reached_over_tls_if_asked_and_verified_if_told_how() -> None:
         assert context.get("validation_context") == expected
 
 
-def test_override_host_walks_the_verdict_and_reports_who_served() -> None:
+def test_picker_is_told_who_served_where_it_sees_responses() -> None:
+    assert ext_proc(config())["response_attributes"] == ["upstream.address"]
+    assert ext_proc(config(topology=Topology.ORIGINAL_DST))["response_attributes"] == ["upstream.address"]
+    assert "response_attributes" not in ext_proc(config(lean=True))
+
+
+def test_override_host_walks_the_verdict_and_asks_for_nothing_that_older_envoys_refuse() -> None:
     (policy,) = cluster(config(), "pool")["load_balancing_policy"]["policies"]
     options = policy["typed_extension_config"]["typed_config"]
     verdict = {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}
     assert options["override_host_sources"] == [{"metadata": verdict}]
-    assert options["selected_host_key"]["path"] == [{"key": "x-gateway-destination-endpoint-served"}]
+    assert "selected_host_key" not in options
 
 
 def test_original_dst_takes_the_verdict_from_metadata_never_from_a_header() -> None:

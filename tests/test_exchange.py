@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def upstream(body: bytes | None = None, **limits: Any) -> Playbook:
 def responding(headers: Mapping[str, str] = JSON, *, stream: bool = False, status: int = 200) -> Playbook:
     """A play up to the head of the response of endpoint `a`."""
     play = upstream(chat(stream=stream))
-    assert play >> ResponseHead(status, headers) << Report(ResponseStarted(ID, status)) << PassHead(NAMED)
+    assert play >> ResponseHead(status, headers) << Report(ResponseStarted(ID, status, "a:8000")) << PassHead(NAMED)
     return play
 
 
@@ -159,7 +160,7 @@ def test_a_plain_chat() -> None:
         >> Decided(to("a"))
         << Forward(to("a"), chat())
         >> ResponseHead(200, JSON)
-        << Report(ResponseStarted(ID, 200))
+        << Report(ResponseStarted(ID, 200, "a:8000"))
         << PassHead(NAMED)
         >> ResponseBody(ANSWER, end=True)
         << PassBody(ANSWER, end=True)
@@ -221,7 +222,7 @@ def test_a_request_without_a_body_goes_on_without_one() -> None:
         >> Decided(to())
         << Forward(to(), b"", bodyless=True)
         >> ResponseHead(200, JSON)
-        << Report(ResponseStarted(ID, 200))
+        << Report(ResponseStarted(ID, 200, "a:8000"))
         << PassHead(NAMED)
         >> ResponseBody(b"{}", end=True)
         << PassBody
@@ -239,7 +240,7 @@ def test_a_response_that_ends_with_its_head_is_complete(headers: dict[str, str])
         >> Decided(to())
         << Forward
         >> ResponseHead(200, headers, end=True)
-        << Report(ResponseStarted(ID, 200))
+        << Report(ResponseStarted(ID, 200, "a:8000"))
         << PassHead(NAMED, end=True)
         << Report(Finished(ID, 200))
     )
@@ -317,6 +318,37 @@ def test_a_client_is_told_the_endpoint_that_served_it_also_when_that_is_another(
     assert upstream() >> ResponseHead(200, JSON, served_by="b:8000") << served << PassHead(moved)
     served = Report(ResponseStarted(ID, 200, "a:8000"))
     assert upstream() >> ResponseHead(200, JSON, served_by="a:8000") << served << PassHead(NAMED)
+
+
+def test_who_served_is_left_open_where_the_data_plane_may_have_gone_to_a_fallback() -> None:
+    play = Playbook(exchange())
+    assert play >> head(walked=True) >> RequestBody(chat(), end=True) << Submit >> Decided(to("a")) << Forward
+    assert play >> ResponseHead(200, JSON) << Report(ResponseStarted(ID, 200, None)) << PassHead(NAMED)
+
+
+# --- priorities ---
+
+
+@pytest.mark.parametrize(
+    ("headers", "priority"),
+    [
+        ({"x-gateway-inference-objective": "chat"}, 10),
+        ({"x-llm-d-inference-objective": "batch", "x-gateway-inference-objective": "chat"}, -5),
+        ({"x-llm-d-inference-objective": "unheard-of"}, 0),
+        ({}, 3),
+    ],
+)
+def test_an_objective_named_in_a_header_gives_its_priority(headers: dict[str, str], priority: int) -> None:
+    play = Playbook(exchange(objectives={"chat": 10, "batch": -5}))
+    call, body = parse_call(CHAT, chat(priority=3)), chat(priority=3)
+    expected = Like(Submit, call=replace(call, priority=priority))
+    assert play >> head(headers=headers) >> RequestBody(body, end=True) << expected
+
+
+def test_without_objectives_a_header_changes_nothing() -> None:
+    play, body = Playbook(exchange()), chat(priority=3)
+    asked = head(headers={"x-gateway-inference-objective": "chat"})
+    assert play >> asked >> RequestBody(body, end=True) << Like(Submit, call=parse_call(CHAT, body))
 
 
 def test_a_client_is_told_nothing_where_that_is_not_wanted() -> None:
@@ -425,7 +457,7 @@ def test_an_endpoint_that_fails_before_its_first_byte_is_replaced(reason: Failur
         >> Decided(to("c"))
         << Forward(to("c"), chat())
         >> ResponseHead(200, JSON)
-        << Report(ResponseStarted(ID, 200))
+        << Report(ResponseStarted(ID, 200, "c:8000"))
         << PassHead((("x-picker-endpoint", "c"), ("x-picker-request-id", "7")))
         >> ResponseBody(ANSWER, end=True)
         << PassBody

@@ -18,7 +18,7 @@ PURE_SIM = (
     *("sim.cluster", "sim.policies", "sim.bounds", "sim.greedy_oracle", "sim.regret"),
 )
 DECIDING = (*NOUNS, "core", "prefix", "scorers")
-SHELL = (*DECIDING, "wire", "exchange", "runtime", "tokenizers", "telemetry", "config")
+SHELL = (*DECIDING, "wire", "exchange", "gate", "runtime", "tokenizers", "telemetry", "config")
 
 # Room -> what of picker it may import besides itself. A room is a module or a package with all within; the longest
 # name that fits is the room. What has no room of its own is a shell.
@@ -31,7 +31,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wire": NOUNS,
     # Envoy's messages are translated straight into what an exchange takes and gives.
     "wire.extproc": (*NOUNS, "wire", "exchange"),
+    "wire.api": (*NOUNS, "wire", "exchange"),
     "exchange": (*NOUNS, "wire"),
+    # What front ends know of picker, wherever it decides.
+    "gate": (*NOUNS, "prefix.blocks", "exchange"),
     "config": NOUNS,
     "telemetry": NOUNS,
     "tokenizers": (*NOUNS, "prefix", "wire"),
@@ -47,8 +50,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics_names": ("telemetry",),
     "metrics_compat": (*NOUNS, "core", "telemetry", "metrics_names"),
     "imports": ("errors",),
+    # The bus between processes that serve together; what they run is put together elsewhere.
+    "workers": (*SHELL, "frontends.als", "children"),
+    "workers.frames": (*NOUNS, "wire.als"),
     "exact_mode": (*SHELL, "sources"),
-    "app": (*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "frontends", "sources"),
+    "api_service": (*SHELL, "frontends"),
+    # For programs that are not picker: it brings nothing of picker along but the messages.
+    "client": ("wire.pb",),
+    "app": (*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "api_service", "frontends", "sources"),
 }
 
 # Who alone may import these; everything else in the table is open to whoever lists it.
@@ -58,7 +67,7 @@ IMPORTED_ONLY_BY: dict[str, tuple[str, ...]] = {
     "__main__": (),
 }
 
-PURE = ("types", "errors", "core", "prefix", "scorers", "wire", "exchange", "imports", *PURE_SIM)
+PURE = ("types", "errors", "core", "prefix", "scorers", "wire", "exchange", "imports", "workers.frames", *PURE_SIM)
 IMPURE_MODULES = (
     *("aiohttp", "asyncio", "datetime", "grpc", "logging", "multiprocessing", "os", "random", "secrets", "select"),
     *("signal", "socket", "subprocess", "threading", "time", "uuid", "zmq"),

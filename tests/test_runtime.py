@@ -160,7 +160,7 @@ async def test_a_request_is_routed_charged_and_released() -> None:
     await answer(runtime, exchange)
     assert len(runtime.scheduler.charges) == 0
     assert facts == [
-        ResponseStarted(exchange.id, 200),
+        ResponseStarted(exchange.id, 200, "a:8000"),
         FirstToken(exchange.id),
         Finished(exchange.id, 200, Usage(9, 2)),
     ]

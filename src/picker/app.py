@@ -11,14 +11,16 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
+from picker.api_service import serve_api
 from picker.config import Config, EndpointSpec, ProfileSpec
 from picker.core.pick import PICKERS, Picker, max_score
 from picker.core.plan import Plan, Route
@@ -29,17 +31,19 @@ from picker.core.scheduler import Scheduler, Settings
 from picker.errors import ConfigError
 from picker.exact_mode import ExactMode
 from picker.exchange import Limits
-from picker.prediction_metrics import PredictionMetrics
+from picker.gate import Clock
+from picker.prediction_metrics import EventMetrics, PredictionMetrics
 from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.blocks import BlockHasher
 from picker.prefix.exact import Exact
-from picker.runtime import Clock, Runtime
+from picker.runtime import Runtime
 from picker.scorers import build_scorer
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
 from picker.sources.file import FileSource, load_endpoints
 from picker.sources.ingest import Ingest
 from picker.sources.kv_events import KvEventSource
+from picker.sources.kv_snapshot import Snapshots
 from picker.sources.scrape import AiohttpFetch, Fetch, ScrapeSource
 from picker.sources.static import StaticSource, parse_endpoint
 from picker.telemetry import Telemetry
@@ -74,7 +78,7 @@ class App:
     def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
         self.config = config
         self.telemetry = Telemetry(CollectorRegistry())
-        secret = secret or os.urandom(32)
+        self.secret = secret = secret or os.urandom(32)
         self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
         scheduler = build_scheduler(config, None if self.exact is None else self.exact.knowledge(self._models_of))
         self.runtime = Runtime(
@@ -82,17 +86,14 @@ class App:
             BlockHasher(secret, config.index.block_bytes),
             self.telemetry,
             clock=clock,
-            limits=Limits(
-                max_body_bytes=config.limits.max_body_bytes,
-                max_attempts=config.limits.max_attempts,
-                name_endpoint=config.limits.name_endpoint,
-            ),
+            limits=build_limits(config),
             reader=None if self.exact is None else self.exact.reader(scheduler.is_adapter),
             headers=scheduler.headers,
             queue_timeout=config.queue.timeout_s,
         )
         self.sources = self._sources()
         self.hearing: Hearing | None = None
+        self.snapshots: Snapshots | None = None
         self._export()
 
     def _sources(self) -> list[Source]:
@@ -119,6 +120,25 @@ class App:
             gauge("picker_exact_index_bytes", "Memory of the index of KV events.", lambda: exact.index.nbytes)
             states = PredictionMetrics(lambda: scheduler.snapshot(self.runtime.clock()))
             self.telemetry.registry.register(states)
+        if self.exact is not None:
+            self.telemetry.registry.register(EventMetrics(self._event_counts, self.exact.readings))
+
+    def _has_requests(self, name: str) -> bool:
+        """Whether anything that was sent there is not over."""
+        pool = self.runtime.scheduler.pool
+        row = pool.row(name)
+        return row is not None and pool.inflight.item(row) > 0
+
+    def _event_counts(self) -> Mapping[str, Mapping[str, float]]:
+        """Of each endpoint's KV events; what is not known is left out."""
+        exact, pool = self.runtime.scheduler.exact, self.runtime.scheduler.pool
+        if self.hearing is None or exact is None:
+            return {}
+        counts = {name: asdict(stats) for name, stats in self.hearing.events.stats.items()}
+        for name, known in counts.items():
+            if (row := pool.row(name)) is not None:
+                known |= {"unread": exact.stream(row).unread, "nameless": exact.stream(row).nameless}
+        return {name: {key: each for key, each in known.items() if each is not None} for name, known in counts.items()}
 
     def _models_of(self, name: str) -> frozenset[str]:
         pool = self.runtime.scheduler.pool
@@ -133,26 +153,43 @@ class App:
         config = self.config.scrape
         async with AiohttpFetch(timeout=config.timeout_s) as fetch, asyncio.TaskGroup() as group:
             rng = random.Random(self.config.seed)
-            scraper = ScrapeSource(fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s)
+            scraper = ScrapeSource(
+                fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s, busy=self._has_requests
+            )
             self.runtime.listen(scraper.observe)
             background = [group.create_task(self._drain_on(stop))]
             if self.exact is not None:
                 background.append(group.create_task(self._hear(self.exact, fetch, rng)))
             background += [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
-            await self._serve(frontends, stop)
+            await self._serve([*frontends, partial(serve_api, self.config, self.runtime)], stop)
+            if self.snapshots is not None:
+                await self.snapshots.finish()
             for task in background:
                 task.cancel()
 
     async def _hear(self, exact: ExactMode, fetch: Fetch, rng: random.Random) -> None:
         """KV events: from the engines through what works on them to the scheduler."""
         config = self.config.exact
-        events = KvEventSource(fetch, clock=self.runtime.clock, rng=rng, events=config.events, replay=config.replay)
+        events = KvEventSource(
+            fetch,
+            clock=self.runtime.clock,
+            rng=rng,
+            secret=exact.secret,
+            events=config.events,
+            replay=config.replay,
+        )
         ingest = exact.ingest(self._models_of)
         self.hearing = Hearing(events, ingest)
         for listener in (exact.post.observe, ingest.observe, events.observe):
             self.runtime.listen(listener)
         async with exact.post, asyncio.TaskGroup() as group:
             group.create_task(ingest.run(self.runtime.emit))
+            snapshots = exact.snapshots(self.runtime.scheduler, events, lambda: ingest.idle)
+            if snapshots is not None:
+                self.runtime.listen(snapshots.observe)
+                await snapshots.restore()
+                self.snapshots = snapshots
+                group.create_task(snapshots.run())
             group.create_task(events.run(ingest.take))
 
     async def _serve(self, frontends: Sequence[Serve], stop: asyncio.Event) -> None:
@@ -229,6 +266,16 @@ def build_saturation(config: Config) -> Detector | None:
     if config.saturation.detector == "off":
         return None
     return build_detector(config.saturation.detector, config.saturation.parameters)
+
+
+def build_limits(config: Config) -> Limits:
+    """What a request may be."""
+    return Limits(
+        max_body_bytes=config.limits.max_body_bytes,
+        max_attempts=config.limits.max_attempts,
+        name_endpoint=config.limits.name_endpoint,
+        objectives=config.objectives,
+    )
 
 
 def build_endpoint(spec: str | EndpointSpec) -> Endpoint:

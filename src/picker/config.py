@@ -20,7 +20,10 @@ from picker.errors import ConfigError
 MIB = 1024 * 1024
 
 EPP_MODES = ("full", "lean")
+TLS_VERSIONS = ("1.2", "1.3")
+MOST_WORKERS = 64
 EXACT_BY = ("auto", "bytes", "tokens", "off")
+CONTENT_FORMATS = ("auto", "string", "openai")
 POLICIES = ("picker", "weighted", "least-request", "round-robin", "random")
 
 
@@ -78,23 +81,41 @@ class IndexConfig(Part, frozen=True):
     budget_bytes: int = 512 * MIB
 
 
+class TokenizerSpec(Part, frozen=True):
+    """How a model's engines make tokens of requests. folder: with tokenizer.json and the chat template.
+
+    The rest is what vLLM was started with: chat_template: the file of `--chat-template`; chat_template_kwargs: those of
+    `--default-chat-template-kwargs`; content_format: `--chat-template-content-format`; exclude_tools: whether with
+    `--exclude-tools-when-tool-choice-none`.
+    """
+
+    folder: str
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    content_format: str = "auto"
+    exclude_tools: bool = False
+
+
 class ExactConfig(Part, frozen=True):
     """Exact prefix knowledge, from the engines' KV events.
 
     by: bytes (matched as text, nothing is tokenised), tokens (every prompt is: the reference), off, or auto: bytes
-    where a tokenizer is given. tokenizer: folder with tokenizer.json and chat template, of all models; tokenizers: by
-    model; without either, by: bytes asks the engines. events, replay: where to subscribe, as tcp://{host}:5557, for
-    engines that do not tell; the rank is added to the port. budget_ms: how long a decision waits for a prompt to be
-    read. budget_bytes: a hard limit on the index.
+    where a tokenizer is given. tokenizer: a folder with tokenizer.json and chat template, or an object, of all models;
+    tokenizers: by model; without either, by: bytes asks the engines. events, replay: where to subscribe, as
+    tcp://{host}:5557, for engines that do not tell; the rank is added to the port. budget_ms: how long a decision waits
+    for a prompt to be read. budget_bytes: a hard limit on the index. snapshot: a file that the index is saved to at the
+    end and every snapshot_interval_s, and read from at the start.
     """
 
     by: str = "auto"
-    tokenizer: str | None = None
-    tokenizers: dict[str, str] = {}
+    tokenizer: str | TokenizerSpec | None = None
+    tokenizers: dict[str, str | TokenizerSpec] = {}
     events: str | None = None
     replay: str | None = None
     budget_ms: float = 20.0
     budget_bytes: int = 512 * MIB
+    snapshot: str | None = None
+    snapshot_interval_s: float = 300.0
 
     @property
     def mode(self) -> str:
@@ -150,10 +171,12 @@ class EppConfig(Part, frozen=True):
 
     mode: full follows responses, lean only requests. fallbacks: name further endpoints behind the first, for data
     planes that walk the list (override_host). secure_serving: TLS, with tls.crt and tls.key of the folder cert_path
-    (read again when they change), else self-signed; client_ca_path: serve only clients with a certificate of these.
+    (read again when they change), else self-signed; client_ca_path: serve only clients with a certificate of these;
+    tls_min_version: "1.2" or "1.3".
     max_message_bytes: of one gRPC message. request_timeout_s: for a request to arrive whole; idle_timeout_s: without a
     message while an endpoint works. drain_delay_s: still serve for so long after readiness is off.
     metrics_compat: metrics under the endpoint picker's names, too; pool_name, pool_namespace: their labels.
+    workers: processes that read requests; with more than one, another one decides for all.
     """
 
     host: str = "0.0.0.0"
@@ -164,6 +187,7 @@ class EppConfig(Part, frozen=True):
     secure_serving: bool = True
     cert_path: str | None = None
     client_ca_path: str | None = None
+    tls_min_version: str = "1.2"
     max_message_bytes: int = 64 * MIB
     request_timeout_s: float = 300.0
     idle_timeout_s: float = 600.0
@@ -171,6 +195,7 @@ class EppConfig(Part, frozen=True):
     metrics_compat: bool = False
     pool_name: str = ""
     pool_namespace: str = "default"
+    workers: int = 1
 
 
 class AdminConfig(Part, frozen=True):
@@ -181,8 +206,34 @@ class AdminConfig(Part, frozen=True):
     token: str | None = None
 
 
+class ApiConfig(Part, frozen=True):
+    """Picker's own gRPC API, for gateways that are not Envoy. port null: off.
+
+    key: callers must send it as `authorization: Bearer`. secure_serving: TLS, with tls.crt and tls.key of the folder
+    cert_path (read again when they change), else self-signed; with cert_path it is on unless it says false.
+    client_ca_path: serve only clients with a certificate of these. max_message_bytes: of one gRPC message.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    key: str | None = None
+    secure_serving: bool | None = None
+    cert_path: str | None = None
+    client_ca_path: str | None = None
+    max_message_bytes: int = 64 * MIB
+
+    @property
+    def secure(self) -> bool:
+        """Whether it is served by TLS."""
+        return self.cert_path is not None if self.secure_serving is None else self.secure_serving
+
+
 class Config(Part, frozen=True):
     """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes.
+
+    objectives: the priority of each objective that a request may name in `x-llm-d-inference-objective` (or the old
+    `x-gateway-inference-objective`): higher ones leave the queue first, and those below 0 are refused when the pool is
+    saturated. Whoever may set that header decides: gateways must take it from clients who are not to.
 
     Of the `weighted` policy: filters, scorers and picker; or several profiles, of which `profile` is the one to go by
     (the first, if not said), profile_header names a request's own, and prefill_profile is for requests to be prefilled.
@@ -199,6 +250,7 @@ class Config(Part, frozen=True):
     profile_header: str | None = None
     prefill_profile: str | None = None
     saturation: SaturationConfig = SaturationConfig()
+    objectives: dict[str, int] = {}
     seed: int | None = None
     drain_timeout_s: float = 30.0
     index: IndexConfig = IndexConfig()
@@ -210,6 +262,7 @@ class Config(Part, frozen=True):
     proxy: ProxyConfig = ProxyConfig()
     epp: EppConfig = EppConfig()
     admin: AdminConfig = AdminConfig()
+    api: ApiConfig = ApiConfig()
 
 
 def load_config(path: Path | None) -> Config:
@@ -268,17 +321,36 @@ def check(config: Config) -> None:
             f"policy: {config.policy!r} is not one of {', '.join(POLICIES)}{_near(config.policy, POLICIES)}"
         )
     _check_profiles(config)
-    if config.exact.by not in EXACT_BY:
-        raise ConfigError(
-            f"exact.by: {config.exact.by!r} is not one of {', '.join(EXACT_BY)}{_near(config.exact.by, EXACT_BY)}"
-        )
+    _check_exact(config.exact)
     if config.index.block_bytes % 4:
         raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
     if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
         raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
     if config.epp.mode not in EPP_MODES:
         raise ConfigError(f"epp.mode: {config.epp.mode!r} is not one of {', '.join(EPP_MODES)}")
+    if config.epp.tls_min_version not in TLS_VERSIONS:
+        known = ", ".join(TLS_VERSIONS)
+        raise ConfigError(f"epp.tls_min_version: {config.epp.tls_min_version!r} is not one of {known}")
+    if not 1 <= config.epp.workers <= MOST_WORKERS:
+        raise ConfigError(f"epp.workers: must be from 1 to {MOST_WORKERS}, got {config.epp.workers}")
+    if config.api.client_ca_path is not None and not config.api.secure:
+        raise ConfigError("api.client_ca_path: clients show certificates by TLS only: set api.secure_serving: true")
+    if config.api.key == "":
+        raise ConfigError("api.key: an empty key keeps nobody out; leave it out or null for none")
     _check_numbers(config)
+
+
+def _check_exact(exact: ExactConfig) -> None:
+    if exact.by not in EXACT_BY:
+        raise ConfigError(f"exact.by: {exact.by!r} is not one of {', '.join(EXACT_BY)}{_near(exact.by, EXACT_BY)}")
+    named = {f"exact.tokenizers.{name}": spec for name, spec in exact.tokenizers.items()}
+    for key, spec in (named | {"exact.tokenizer": exact.tokenizer}).items():
+        if isinstance(spec, TokenizerSpec) and spec.content_format not in CONTENT_FORMATS:
+            near = _near(spec.content_format, CONTENT_FORMATS)
+            known = ", ".join(CONTENT_FORMATS)
+            raise ConfigError(f"{key}.content_format: {spec.content_format!r} is not one of {known}{near}")
+    if exact.snapshot is not None and exact.mode == "off":
+        raise ConfigError("exact.snapshot: there is nothing to save: give exact.tokenizer, or exact.by: bytes")
 
 
 def _check_profiles(config: Config) -> None:
@@ -308,6 +380,7 @@ def _check_numbers(config: Config) -> None:
         "index.budget_bytes": config.index.budget_bytes,
         "exact.budget_ms": config.exact.budget_ms,
         "exact.budget_bytes": config.exact.budget_bytes,
+        "exact.snapshot_interval_s": config.exact.snapshot_interval_s,
         "scrape.interval_s": config.scrape.interval_s,
         "scrape.timeout_s": config.scrape.timeout_s,
         "limits.max_body_bytes": config.limits.max_body_bytes,
@@ -320,6 +393,7 @@ def _check_numbers(config: Config) -> None:
         "epp.max_message_bytes": config.epp.max_message_bytes,
         "epp.request_timeout_s": config.epp.request_timeout_s,
         "epp.idle_timeout_s": config.epp.idle_timeout_s,
+        "api.max_message_bytes": config.api.max_message_bytes,
     }
     for key, value in positive.items():
         if not value > 0:
@@ -339,6 +413,7 @@ def _check_numbers(config: Config) -> None:
         "epp.grpc_port": config.epp.grpc_port,
         "epp.grpc_health_port": config.epp.grpc_health_port,
         "admin.port": config.admin.port,
+        "api.port": config.api.port,
     }
     for key, port in ports.items():
         if port is not None and not 0 <= port <= 65535:
@@ -353,8 +428,9 @@ def schema() -> dict[str, Any]:
 def to_values(config: Config) -> dict[str, Any]:
     """Plain values, as the file would have them; secrets are masked."""
     values: dict[str, Any] = msgspec.to_builtins(config)
-    if values["admin"]["token"] is not None:
-        values["admin"]["token"] = "***"
+    for section, secret in (("admin", "token"), ("api", "key")):
+        if values[section][secret] is not None:
+            values[section][secret] = "***"
     return values
 
 
@@ -383,6 +459,8 @@ def _keys_at(where: str) -> list[str]:
         "saturation": SaturationConfig,
         "index": IndexConfig,
         "exact": ExactConfig,
+        "tokenizer": TokenizerSpec,
+        "tokenizers": TokenizerSpec,
         "queue": QueueConfig,
         "health": HealthConfig,
         "scrape": ScrapeConfig,
@@ -390,8 +468,9 @@ def _keys_at(where: str) -> list[str]:
         "proxy": ProxyConfig,
         "epp": EppConfig,
         "admin": AdminConfig,
+        "api": ApiConfig,
     }
-    part = sections.get(where.rpartition(".")[2].partition("[")[0], Config)
+    part = sections.get(where.replace("[...]", "").rpartition(".")[2].partition("[")[0], Config)
     return [field.name for field in msgspec.structs.fields(part)]
 
 

@@ -29,10 +29,10 @@ from picker.exchange import REQUEST_HEADER
 from picker.wire.extproc import (
     CONTROL_HEADERS,
     DESTINATION,
-    DESTINATION_SERVED,
     DESTINATION_SUBSET,
     LOAD_BALANCING,
     SUBSET_NAMESPACE,
+    UPSTREAM_ADDRESS,
 )
 
 Json = dict[str, Any]
@@ -197,6 +197,9 @@ def _ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
             "forwarding_namespaces": {"untyped": [SUBSET_NAMESPACE, LOAD_BALANCING]},
             "receiving_namespaces": {"untyped": [LOAD_BALANCING]},
         },
+        # Who answered: every Envoy knows it, for every kind of cluster. The policy's `selected_host_key`, which says it
+        # in metadata, is younger than 1.37, and Envoys that do not know it refuse the whole configuration.
+        **({} if lean else {"response_attributes": [UPSTREAM_ADDRESS]}),
     )
 
 
@@ -245,7 +248,6 @@ def _pool(endpoints: Sequence[str], topology: Topology) -> Json:
         "envoy.load_balancing_policies.override_host",
         "load_balancing_policies.override_host.v3.OverrideHost",
         override_host_sources=[{"metadata": verdict}],
-        selected_host_key={"key": LOAD_BALANCING, "path": [{"key": DESTINATION_SERVED}]},
         fallback_policy=_policy("least_request", "LeastRequest"),
     )
     return (
@@ -336,12 +338,15 @@ def find_envoy() -> Path:
     raise ConfigError(f"No Envoy found. {_INSTALL}")
 
 
-def validate(config: Json) -> None:
-    """Have Envoy check a configuration without serving it; raises ConfigError with Envoy's own words."""
+def validate(config: Json, *, binary: Path | None = None) -> None:
+    """Have Envoy check a configuration without serving it; raises ConfigError with Envoy's own words.
+
+    binary: which Envoy; None: the one that `find_envoy` finds.
+    """
     with tempfile.TemporaryDirectory(prefix="picker-envoy-") as folder:
         path = Path(folder) / "envoy.json"
         path.write_text(json.dumps(config))
-        command = [str(find_envoy()), "--mode", "validate", "-c", str(path), "-l", "error"]
+        command = [str(binary or find_envoy()), "--mode", "validate", "-c", str(path), "-l", "error"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise ConfigError(f"Envoy refuses the configuration: {_complaint(done.stderr + done.stdout)}")
@@ -349,14 +354,20 @@ def validate(config: Json) -> None:
 
 @contextlib.asynccontextmanager
 async def running_envoy(
-    config: Json, *, concurrency: int = 1, log_path: Path | None = None, ready_timeout: float = 30.0
+    config: Json,
+    *,
+    concurrency: int = 1,
+    log_path: Path | None = None,
+    ready_timeout: float = 30.0,
+    binary: Path | None = None,
 ) -> AsyncIterator[Envoy]:
     """Run Envoy for the length of the block; on Linux it also ends when the calling thread ends, however it does.
 
     concurrency: worker threads. log_path: where its log stays afterwards (else it is dropped). ready_timeout: seconds
-    to wait for it to serve. Raises ConfigError with Envoy's own words when it does not come up.
+    to wait for it to serve. binary: which Envoy; None: the one that `find_envoy` finds. Raises ConfigError with Envoy's
+    own words when it does not come up.
     """
-    binary = find_envoy()
+    binary = binary or find_envoy()
     with tempfile.TemporaryDirectory(prefix="picker-envoy-") as folder:
         config_path, admin_path = Path(folder) / "envoy.json", Path(folder) / "admin"
         log_path = log_path or Path(folder) / "envoy.log"

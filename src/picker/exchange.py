@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -40,6 +40,8 @@ Headers = tuple[tuple[str, str], ...]
 ENDPOINT_HEADER = "x-picker-endpoint"
 REQUEST_HEADER = "x-picker-request-id"
 DROPPED_HEADER = "x-llm-d-request-dropped-reason"
+# By their new and old names: the new one counts.
+OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
 SESSION_HEADERS = ("x-session-id", "session-id", "x-session-affinity", "x-claude-code-session-id")
 
 
@@ -59,7 +61,8 @@ class RequestHead(msgspec.Struct, frozen=True, gc=False):
     """Request line and headers (names in lower case). end: there is no body.
 
     subset: addresses the data plane restricts this request to, when it says so. followed: the response will be fed in,
-    too; else nobody can tell when its first token comes.
+    too; else nobody can tell when its first token comes. walked: the data plane tries a decision's fallbacks by itself,
+    and who has answered is known only if it says so.
     """
 
     method: str
@@ -68,6 +71,7 @@ class RequestHead(msgspec.Struct, frozen=True, gc=False):
     end: bool = False
     subset: frozenset[str] | None = None
     followed: bool = True
+    walked: bool = False
 
 
 class RequestBody(msgspec.Struct, frozen=True, gc=False):
@@ -181,12 +185,14 @@ Action = Submit | Forward | Respond | PassHead | PassBody | Cut | Report
 class Limits:
     """max_body_bytes: larger requests get 413. max_attempts: endpoints tried before the first response byte.
 
-    name_endpoint: tell the client which endpoint served it (`x-picker-endpoint`) and our request id.
+    name_endpoint: tell the client which endpoint served it (`x-picker-endpoint`) and our request id. objectives: the
+    priorities of the objectives that requests may name in a header; a name that is not there has the priority 0.
     """
 
     max_body_bytes: int = 32 * 1024 * 1024
     max_attempts: int = 3
     name_endpoint: bool = True
+    objectives: Mapping[str, int] = field(default_factory=dict)
 
 
 class Phase(enum.Enum):
@@ -307,14 +313,20 @@ class Exchange:
         assert self._head is not None
         if call.stream and not self._head.followed:
             call = replace(call, stream=False)
+        if self.limits.objectives and (objective := self._said(OBJECTIVE_HEADERS)) is not None:
+            call = replace(call, priority=self.limits.objectives.get(objective, 0))
         self.phase = Phase.DECIDING
         self._submit = Submit(call, self._subset, headers=self._head.headers)
         return [self._submit]
 
     def _session(self) -> str | None:
+        return self._said(SESSION_HEADERS)
+
+    def _said(self, names: tuple[str, ...]) -> str | None:
+        """What the first of these headers says that is there."""
         assert self._head is not None
         headers = self._head.headers
-        return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), None)
+        return next((headers[name] for name in names if headers.get(name)), None)
 
     # decision
 
@@ -351,12 +363,17 @@ class Exchange:
         stream = self._submit.call.stream
         self._observer = sse.observer_for(event.headers.get("content-type", ""), stream=stream)
         self._status = event.status
-        started = Report(ResponseStarted(self.id, event.status, event.served_by))
+        started = Report(ResponseStarted(self.id, event.status, self._served_by(event)))
         actions: list[Action] = [started, PassHead(self._names(event.served_by), event.end)]
         if not event.end:
             return actions
         self._observer.feed(b"", end=True)
         return self._end(actions, self._finished())
+
+    def _served_by(self, event: ResponseHead) -> str | None:
+        assert self._head is not None
+        assert self._decision is not None
+        return event.served_by if self._head.walked else event.served_by or self._decision.endpoint.address
 
     def _names(self, served_by: str | None) -> Headers:
         assert self._decision is not None

@@ -1,8 +1,10 @@
-"""Exact prefix knowledge as Prometheus metrics: how each endpoint's KV events stand, and how predictions came true."""
+"""Exact prefix knowledge as Prometheus metrics: how each endpoint's KV events stand, what came of them, and how
+predictions came true. Counts of what is told to it; reads names and numbers only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -11,6 +13,73 @@ from prometheus_client.registry import Collector
 from picker.core.snapshot import EndpointState
 
 _STATES = ("whole", "partial", "suspect", "absent", "doubted", "refused")
+
+
+# Family -> (help, label, label value -> count's name). See `sources.kv_stream.StreamStats` and `prefix.exact.Stream`.
+_EVENTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "picker_kv_event_batches": (
+        "Batches of KV events by what became of them.",
+        "outcome",
+        {"applied": "batches", "repeated": "repeated", "misdirected": "misdirected", "unreadable": "bad"},
+    ),
+    "picker_kv_event_blocks": (
+        "Blocks that KV events told of. unplaced: not spelled, or behind one that is not known; nameless: told of in a "
+        "lower tier only, by hash.",
+        "what",
+        {"stored": "stored", "removed": "removed", "unplaced": "unread", "nameless": "nameless"},
+    ),
+    "picker_kv_event_breaks": (
+        "Gaps in the sequence, replays asked for, restarts of the engine, events not known or not believed.",
+        "what",
+        {
+            "gap": "gaps",
+            "replay": "replays",
+            "restart": "restarts",
+            "unknown": "unknown",
+            "dropped": "dropped",
+        },
+    ),
+}
+
+
+class EventMetrics(Collector):
+    """Counts of each endpoint's KV events, and of prompts by how they were read.
+
+    events: by endpoint, by the names of `StreamStats` and `Stream`; "lag" in seconds. readings: by outcome.
+    """
+
+    def __init__(
+        self, events: Callable[[], Mapping[str, Mapping[str, float]]], readings: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._events = events
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        events = self._events()
+        for family, (meaning, label, counts) in _EVENTS.items():
+            told = CounterMetricFamily(family, meaning, labels=["endpoint", label])
+            for name, known in events.items():
+                for value, count in counts.items():
+                    told.add_metric([name, value], known.get(count, 0.0))
+            yield told
+        lag = GaugeMetricFamily(
+            "picker_kv_event_lag_seconds", "From making to arrival of a batch.", labels=["endpoint"]
+        )
+        for name, known in events.items():
+            if "lag" in known:
+                lag.add_metric([name], known["lag"])
+        yield lag
+        yield self._read()
+
+    def _read(self) -> Metric:
+        family = CounterMetricFamily(
+            "picker_prompt_readings",
+            "Prompts by how they were read for exact matching; all but `read` are routed by approximate knowledge.",
+            labels=["outcome"],
+        )
+        for outcome, count in self._readings().items():
+            family.add_metric([outcome], count)
+        return family
 
 
 class PredictionMetrics(Collector):

@@ -1,8 +1,8 @@
 """Joins `Exchange` and `Scheduler` under asyncio: one clock, one timer, one table of waiting futures.
 
-Front ends call `receive` and get back only what they must do on their own wire; sources call `emit`. A decision is a
-synchronous call on the loop's thread: there is no `await` between asking the scheduler and having its charge booked.
-When the decision code itself fails, the request is routed uncharged to a healthy endpoint, counted and logged.
+Front ends use it as a `Gate`; sources call `emit`; whoever has prepared a request elsewhere calls `place`. A decision
+is a synchronous call on the loop's thread: there is no `await` between asking the scheduler and having its charge
+booked. When the decision code itself fails, the request is routed uncharged to a healthy endpoint, counted and logged.
 """
 
 from __future__ import annotations
@@ -11,28 +11,16 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from picker.core.scheduler import Scheduler
-from picker.exchange import (
-    Action,
-    Closed,
-    Decided,
-    Event,
-    Exchange,
-    Limits,
-    Report,
-    ResponseBody,
-    ResponseHead,
-    Submit,
-    UpstreamFailed,
-)
+from picker.exchange import Limits, Submit
+from picker.gate import Clock, Gate, prepare
 from picker.prefix.blocks import BlockHasher
 from picker.telemetry import Telemetry
 from picker.types import (
-    NO_HEADERS,
     Call,
     Fact,
     Failed,
@@ -50,7 +38,6 @@ from picker.types import (
 
 log = logging.getLogger("picker.runtime")
 
-Clock = Callable[[], float]
 Listener = Callable[[Fact], None]
 
 
@@ -80,7 +67,7 @@ class Record:
     usage: Usage | None = None
 
 
-class Runtime:
+class Runtime(Gate):
     """Owns the futures of queued requests and the records of recent decisions; the scheduler owns the rest.
 
     clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact after the
@@ -102,16 +89,14 @@ class Runtime:
         queue_timeout: float | None = None,
         records: int = 256,
     ) -> None:
+        super().__init__(clock, limits or Limits())
         self.scheduler = scheduler
-        self.telemetry = telemetry
-        self.clock = clock
-        self.limits = limits or Limits()
+        self.telemetry: Telemetry = telemetry
         self.draining = False
         self._hasher = hasher
         self._reader = reader
         self._headers = headers
         self._queue_timeout = queue_timeout
-        self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self._queued: dict[int, Request] = {}
         self._records: OrderedDict[int, Record] = OrderedDict()
@@ -121,51 +106,10 @@ class Runtime:
 
     # front ends
 
-    def open(self) -> Exchange:
-        """Begin a request. Every exchange must be ended by its own last event or by `Closed`."""
-        return Exchange(next(self._ids), self.limits)
-
-    async def receive(self, exchange: Exchange, event: Event) -> list[Action]:
-        """Feed one event; returns the actions for the front end. Waits only while the request is read or queued.
-
-        If the caller is cancelled while waiting, it must still feed `Closed`, which takes the request out of the queue.
-        """
-        actions: list[Action] = []
-        pending = exchange.receive(event)
-        while pending:
-            asked: Submit | None = None
-            for action in pending:
-                match action:
-                    case Report(fact):
-                        self.emit(fact)
-                    case Submit():
-                        asked = action
-                    case _:
-                        actions.append(action)
-            if asked is None:
-                return actions
-            reading = None if self._reader is None else await self._read(self._reader, asked.call)
-            outcome = self._submit(exchange.id, asked, reading)
-            if isinstance(outcome, Queued):
-                outcome = await self._wait(exchange.id)
-            pending = exchange.receive(Decided(outcome))
-        return actions
-
-    def follow(self, exchange: Exchange, event: ResponseHead | ResponseBody | UpstreamFailed) -> list[Action]:
-        """As `receive`, for what comes after a response head: no more is to be decided, and nothing to wait for."""
-        actions: list[Action] = []
-        for action in exchange.receive(event):
-            if isinstance(action, Report):
-                self.emit(action.fact)
-            else:
-                actions.append(action)
-        return actions
-
-    def close(self, exchange: Exchange, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
-        """End an exchange that has not ended by itself; harmless when it has."""
-        for action in exchange.receive(Closed(reason)):
-            if isinstance(action, Report):
-                self.emit(action.fact)
+    async def decide(self, request_id: int, submit: Submit) -> Outcome:
+        reading = await self.read(submit.call)
+        outcome = self._submit(request_id, submit, reading)
+        return await self.wait(request_id) if isinstance(outcome, Queued) else outcome
 
     # sources
 
@@ -206,28 +150,15 @@ class Runtime:
 
     def prepare(self, request_id: int, submit: Submit, now: float) -> Request:
         """What the scheduler may know of a call: hashes and sizes, no text."""
-        call = submit.call
-        return Request(
-            id=request_id,
-            model=call.model,
-            arrived_at=now,
-            block_hashes=self._hasher.hash(call.prompt, root=self._hasher.root(call.model, call.salt)),
-            prompt_bytes=len(call.prompt),
-            extra_bytes=call.extra_bytes,
-            prompt_tokens=call.prompt_tokens,
-            max_tokens=call.max_tokens,
-            priority=call.priority,
-            session=call.session,
-            streaming=call.stream,
-            subset=submit.subset,
-            exclude=submit.exclude,
-            deadline=None if self._queue_timeout is None else now + self._queue_timeout,
-            headers=self._asked_for(submit.headers) if self._headers else NO_HEADERS,
-        )
+        return prepare(request_id, submit, self._hasher, self._headers, now, self.deadline(now))
 
-    def _asked_for(self, headers: Mapping[str, str]) -> Mapping[str, str]:
-        """What the policy may see of a request's headers."""
-        return {name: headers[name] for name in self._headers if name in headers}
+    def deadline(self, now: float) -> float | None:
+        """Until when a request that comes now may wait."""
+        return None if self._queue_timeout is None else now + self._queue_timeout
+
+    async def read(self, call: Call) -> Reading | None:
+        """The call as the engines will read it; None without exact matching, or where it cannot be read in time."""
+        return None if self._reader is None else await self._read(self._reader, call)
 
     async def _read(self, reader: Reader, call: Call) -> Reading | None:
         """Others are decided meanwhile: one long prompt delays nobody else."""
@@ -236,27 +167,46 @@ class Runtime:
 
     def _submit(self, request_id: int, submit: Submit, reading: Reading | None) -> Outcome | Queued:
         now = self.clock()
-        if self.draining and not submit.exclude:  # a second attempt is of a request that runs
-            message = "The gateway is shutting down."
-            refusal = Rejection(request_id, RejectReason.SHUTDOWN, 503, message, retry_after=1.0)
-            self._settle(_bare(request_id, submit, now), refusal, now)
-            return refusal
-        request: Request | None = None
-        outcome: Outcome | Queued
+        if self._refuses(submit.exclude):
+            return self._refused(_bare(request_id, submit, now), now)
         try:
             request = self.prepare(request_id, submit, now)
+        except Exception:
+            return self._uncharged(_bare(request_id, submit, now), now)
+        return self._place(request, reading, now)
+
+    def place(self, request: Request, reading: Reading | None = None) -> Outcome | Queued:
+        """Decide a request that was prepared elsewhere; if it is queued, `wait` for it."""
+        now = self.clock()
+        return self._refused(request, now) if self._refuses(request.exclude) else self._place(request, reading, now)
+
+    def _refuses(self, exclude: frozenset[str]) -> bool:
+        return self.draining and not exclude  # a second attempt is of a request that runs
+
+    def _refused(self, request: Request, now: float) -> Outcome:
+        message = "The gateway is shutting down."
+        refusal = Rejection(request.id, RejectReason.SHUTDOWN, 503, message, retry_after=1.0)
+        self._settle(request, refusal, now)
+        return refusal
+
+    def _place(self, request: Request, reading: Reading | None, now: float) -> Outcome | Queued:
+        try:
             outcome = self.scheduler.submit(request, now, reading)
         except Exception:
-            # Supervision: a bug in a scorer costs the quality of one decision, never the request.
-            self.telemetry.internal_error("submit")
-            log.exception("deciding request %d failed; it is routed uncharged", request_id)
-            request = request or _bare(request_id, submit, now)
-            outcome = self.scheduler.fallback(request)
+            return self._uncharged(request, now)
         if isinstance(outcome, Queued):
-            self._queued[request_id] = request
+            self._queued[request.id] = request
             self._arm()
         else:
             self._settle(request, outcome, now)
+        return outcome
+
+    def _uncharged(self, request: Request, now: float) -> Outcome:
+        """Supervision, amid handling an error: a bug in a scorer costs a decision its quality, never the request."""
+        self.telemetry.internal_error("submit")
+        log.exception("deciding request %d failed; it is routed uncharged", request.id)
+        outcome = self.scheduler.fallback(request)
+        self._settle(request, outcome, now)
         return outcome
 
     def _settle(self, request: Request, outcome: Outcome, started_at: float) -> None:
@@ -284,7 +234,8 @@ class Runtime:
 
     # the queue
 
-    async def _wait(self, request_id: int) -> Outcome:
+    async def wait(self, request_id: int) -> Outcome:
+        """The outcome of a request that was queued, once there is one."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from picker.bench.extproc import COLUMNS
+from picker.bench.extproc import COLUMNS, WORKER_COLUMNS
 from picker.envoy import find_envoy
 from picker.errors import ConfigError
 
@@ -37,3 +37,18 @@ def test_every_row_has_the_keys_of_the_contract() -> None:
         assert (row["prompt_bytes"], row["chunks"]) == (512, 3)
         assert row["picker_cpu_us_per_request"] > 0
         assert row["envoy_cpu_us_per_request"] > 0
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(bool(missing), reason=missing)
+def test_with_workers_a_row_says_what_the_decider_and_a_worker_cost() -> None:
+    command = [sys.executable, "-m", "picker", "bench", "extproc", "--mode", "lean", "--prompt-bytes", "512", "--json"]
+    few = ("--workers", "2", "--chunks", "0", "--seconds", "0.05", "--repeats", "1")
+    done = subprocess.run([*command, *few], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row.keys() >= CONTRACT | set(COLUMNS) | set(WORKER_COLUMNS)
+    assert row["workers"] == 2
+    decider, worker = row["decider_cpu_us_per_request"], row["worker_cpu_us_per_request"]
+    assert min(decider, worker) > 0
+    assert decider + worker == pytest.approx(row["picker_cpu_us_per_request"], rel=0.01)

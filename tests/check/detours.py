@@ -146,6 +146,17 @@ class NeverNotices(Wrong):
         self.pool = lambda: endpoints.addresses
 
 
+class HoldsAGrudge(Wrong):
+    """After it has seen everybody fail it trusts one again and nobody else."""
+
+    outage = False
+
+    def candidates(self, request: Request) -> list[str]:
+        ready = super().candidates(request)
+        self.outage = self.outage or not ready
+        return ready[:1] if self.outage else ready
+
+
 # --- configurations ----------------------------------------------------------------------------------------
 
 
@@ -195,11 +206,6 @@ def retryless(config: Json) -> None:
     route(config, rig.CLOSE).pop("retry_policy")
 
 
-def nobody_told(config: Json) -> None:
-    policy = rig.cluster(config, POOL)["load_balancing_policy"]["policies"][0]["typed_extension_config"]
-    policy["typed_config"].pop("selected_host_key")
-
-
 def distrusting(config: Json) -> None:
     wrong = rig.cluster(config, f"ext-proc-{rig.MISTRUSTED}")["transport_socket"]
     rig.cluster(config, f"ext-proc-{rig.VERIFIED}")["transport_socket"] = wrong
@@ -224,7 +230,7 @@ MUTANTS: dict[str, Mutant] = {
     "ROUTE-5.listeners": Mutant(change=change(lambda config: route(config, rig.SECOND).update(cluster=POOL))),
     "ROUTE-5.none": Mutant(change=change(lambda config: host(config, rig.ROUTES).update(domains=["*"]))),
     "ROUTE-5.no-picker": Mutant(change=filter_of(rig.ROUTES, failure_mode_allow=True)),
-    "ROUTE-6.served": Mutant(change=nobody_told),
+    "ROUTE-6.served": Mutant(change=filter_of(rig.CLOSE, response_attributes=[])),
     "ROUTE-4.fallback": Mutant(change=retryless),
     "EPP-12.bytes": Mutant(make=FirstChunkOnly),
     "EPP-12.sse": Mutant(make=Buffers),
@@ -245,4 +251,5 @@ MUTANTS: dict[str, Mutant] = {
     "FAIL-5.late": Mutant(change=mirrored),
     "FAIL-6.clean": Mutant(change=mirrored),
     "CHURN-1.leave": Mutant(make=NeverNotices),
+    "CHURN-2.outage": Mutant(make=HoldsAGrudge),
 }

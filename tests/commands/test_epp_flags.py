@@ -58,6 +58,7 @@ def test_every_flag_is_accepted_and_at_most_one_line_is_said(
     flag: Any, started: list[Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     value = "10s" if flag.key.endswith("_s") else "true" if flag.takes == "switch" else "x"
+    value = "VersionTLS10" if flag.name == "--tls-min-version" else value
     assert call(f"{flag.name}={value}").exit_code == 0
     said = [record for record in caplog.records if flag.name in record.getMessage()]
     assert len(said) == (1 if flag.why and value not in flag.fine else 0)
@@ -124,6 +125,10 @@ def test_compatible_metrics_are_off_until_asked_for(started: list[Config]) -> No
         (("--config", "/no/such/file"), "cannot read /no/such/file"),
         (("--tracing=maybe",), "--tracing: 'maybe' is neither true nor false"),
         (("--drain-timeout", "30"), "--drain-timeout: '30' is not a duration"),
+        (
+            ("--tls-min-version", "VersionTLS14"),
+            "--tls-min-version: 'VersionTLS14' is not VersionTLS12 or VersionTLS13",
+        ),
         (("-v", "loud"), "log level: 'loud' is neither a number"),
     ],
 )
@@ -133,6 +138,17 @@ def test_a_value_that_is_none_is_refused_by_its_flag(
     with pytest.raises(ConfigError, match=complaint):
         call(*arguments)
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [("VersionTLS13", "1.3"), ("1.3", "1.3"), ("VersionTLS12", "1.2"), ("VersionTLS11", "1.2"), ("", "1.2")],
+)
+def test_the_oldest_version_of_tls_is_said_as_kubernetes_says_it(
+    said: str, version: str, started: list[Config]
+) -> None:
+    assert call("--tls-min-version", said).exit_code == 0
+    assert started[0].epp.tls_min_version == version
 
 
 def test_an_unknown_flag_is_an_error_with_the_nearest_name(started: list[Config]) -> None:

@@ -91,3 +91,22 @@ def test_rows_that_join_are_believed() -> None:
     report(calibration, 0, times=10)
     calibration.grow(3)
     assert calibration.doubted.tolist() == [True, False, False]
+
+
+def test_predictions_that_nothing_is_compared_with_are_named() -> None:
+    calibration = Calibration(1)
+    for _ in range(7):
+        calibration.silent(0, prompt=100.0, expected=64.0)
+    assert calibration.record(0).unwitnessed is None, "too few to say"
+    calibration.silent(0, prompt=100.0, expected=64.0)
+    assert "cached_tokens" in (calibration.record(0).unwitnessed or "")
+    calibration.counted(0, 1000.0, 100.0)
+    assert calibration.record(0).unwitnessed is None, "the counters tell"
+
+
+def test_predictions_that_answers_confirm_are_witnessed() -> None:
+    calibration = Calibration(1)
+    calibration.reported(0, least=64.0, most=64.0, cached=64)
+    for _ in range(9):
+        calibration.silent(0, prompt=100.0, expected=64.0)
+    assert calibration.record(0).unwitnessed is None

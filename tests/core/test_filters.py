@@ -33,6 +33,25 @@ def test_a_good_answer_outweighs_failing_probes_for_a_while() -> None:
     assert names(made, request()) == ["answered"]
 
 
+def test_answers_of_nobody_knows_whom_count_only_where_nobody_is_known_to_answer() -> None:
+    made = pool(
+        a={"healthy": False, "vouched_at": NOW - 9.9},
+        long_ago={"healthy": False, "vouched_at": NOW - 10.0},
+        leaving={"draining": True, "vouched_at": NOW},
+    )
+    assert names(made, request()) == ["a"]
+    made.healthy[1] = True
+    assert names(made, request()) == ["long_ago"]
+
+
+@pytest.mark.parametrize(("rested", "expected"), [(2, ["a", "b"]), (1, ["a", "c"])])
+def test_those_at_rest_are_tried_when_fewer_than_half_are_left(rested: int, expected: list[str]) -> None:
+    made = pool(a=0, b={"ejected_until": NOW + 9, "probe_at": NOW + 1}, c={"ejected_until": NOW + 9, "probe_at": NOW})
+    if rested == 2:
+        made.ejected_until[1] = NOW
+    assert names(made, request()) == expected
+
+
 def test_an_empty_pool_is_503_without_a_word_on_models() -> None:
     assert refusal(Pool(), request(model="m")) == (RejectReason.NO_ENDPOINTS, 503)
 

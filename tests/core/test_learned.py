@@ -164,6 +164,22 @@ def test_nobody_is_faster_before_anything_was_seen() -> None:
     assert Factors(0, prior=1.0, dead_band=0.1).value.tolist() == []
 
 
+@given(samples=st.lists(st.tuples(st.integers(0, 4), st.floats(0.1, 10.0)), max_size=12), grown=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_factors_are_those_of_the_definition(samples: list[tuple[int, float]], grown: bool) -> None:
+    subject, expected, took = factors(5), np.zeros(8), np.zeros(8)
+    for row, seconds in samples:
+        subject.add(row, expected=1.0, took=seconds)
+        expected[row], took[row] = expected[row] * 0.98 + 1.0, took[row] * 0.98 + min(max(seconds, 0.125), 8.0)
+        logs = np.log((expected + 1.0) / (took + 1.0))
+        logs -= logs.sum() / max(np.count_nonzero(took), 1)
+        assert subject.value == pytest.approx(np.where((took > 0) & (np.abs(logs) >= 0.1), np.exp(logs), 1.0)[:5])
+    if grown:
+        subject.grow(8)
+        assert subject.value.shape == (8,)
+        assert subject.value[5:].tolist() == [1.0] * 3
+
+
 def test_an_endpoint_twice_as_fast_is_twice_as_fast_as_the_others() -> None:
     subject = factors(4)
     for _ in range(200):

@@ -37,6 +37,23 @@ def test_the_best_come_first_in_order(totals: list[float], count: int, seed: int
     assert [totals[index] for index in picked] == sorted(totals, reverse=True)[:count]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    levels=st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 1.0, 2.0]) | st.floats(-5, 5), min_size=1, max_size=8),
+    size=st.integers(129, 200),
+    count=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_the_best_of_many_are_those_of_a_whole_sort_and_ties_are_drawn_alike(
+    levels: list[float], size: int, count: int, seed: int
+) -> None:
+    total = rng(seed).choice(np.array(levels), size=size)
+    able = np.flatnonzero(total >= np.sort(total)[size - count])
+    draws = rng(seed).random(able.size)
+    expected = able[np.lexsort((draws, -total[able]))][:count]
+    assert max_score(total, count, rng(seed)).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("picker", [max_score, weighted_random, power_of_two, proportional, uniform])
 @pytest.mark.parametrize(("n", "count"), [(2, 1), (2, 2), (3, 1), (5, 3)])
 def test_equal_totals_are_picked_equally_often(picker: Picker, n: int, count: int) -> None:

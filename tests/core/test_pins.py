@@ -231,3 +231,21 @@ def test_nothing_is_lost_or_left_when_estimates_change_and_rows_are_cleared(
     for row, theirs in enumerate(open_):
         assert sum(pins.give_back(row, each) for each in theirs) == counted[row]
     assert len(pins) == 0
+
+
+@given(
+    taken=st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, 6), st.integers(0, 3)), max_size=6),
+    asked=st.tuples(st.integers(0, 6), st.integers(0, 3)),
+    rows=st.integers(0, 2**ROWS - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_some_rows_are_told_what_they_share_as_all_are(
+    taken: list[tuple[int, int, int]], asked: tuple[int, int], rows: int
+) -> None:
+    pins = Pins()
+    for row, head, other in taken:
+        pins.take(row, held(head=head, **{f"own{other}": 2}))
+    wanted = held(head=asked[0], **{f"own{asked[1]}": 2})
+    everybody = pins.shared(wanted, ROWS).tolist()
+    expected = {row: tokens for row, tokens in enumerate(everybody) if tokens and rows >> row & 1}
+    assert dict(pins.shared_by(wanted, rows)) == expected

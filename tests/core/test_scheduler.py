@@ -414,13 +414,14 @@ def test_an_endpoint_rests_after_so_many_faults_in_a_row_and_comes_back() -> Non
 def test_each_further_fault_doubles_the_rest_up_to_a_limit() -> None:
     subject = scheduler("a", "b", eject_after=2, eject_s=1.0, eject_max_s=5.0)
     fault(subject, "a", 1)
-    rests = []
+    rests, now = [], NOW
     for number in range(5):
-        fault(subject, "a", 10 + number)
-        rests.append(column(subject, "a", "ejected_until") - NOW)
+        fault(subject, "a", 10 + number, now=now)
+        rests.append(column(subject, "a", "ejected_until") - now)
+        now = column(subject, "a", "ejected_until")
     assert rests == [1.0, 2.0, 4.0, 5.0, 5.0]
-    fault(subject, "a", 100, times=60)
-    assert column(subject, "a", "ejected_until") == NOW + 5.0
+    fault(subject, "a", 100, times=60, now=now)
+    assert column(subject, "a", "ejected_until") == now + 5.0
 
 
 def test_a_success_wipes_the_slate_and_a_client_error_does_not() -> None:

@@ -240,6 +240,32 @@ def test_the_next_wakeup_is_the_earliest_deadline() -> None:
     assert subject.next_wakeup() is None
 
 
+def test_a_request_that_says_how_long_it_waits_is_told_so_late_and_no_later() -> None:
+    subject = saturated("a")
+    wait(subject, 2, deadline=NOW + 60, headers={"x-llm-d-inference-ttl": "2s"})
+    assert subject.next_wakeup() == NOW + 2
+    (outcome,) = subject.poll(NOW + 2)
+    assert isinstance(outcome, Rejection)
+    assert outcome.reason is RejectReason.EXPIRED
+
+
+def test_flows_are_served_in_turn() -> None:
+    subject = saturated("a")
+    for number, flow in ((2, "greedy"), (3, "greedy"), (4, "greedy"), (5, "modest")):
+        wait(subject, number, headers={"x-gateway-inference-fairness-id": flow})
+    gone, last = [], 1
+    for _ in range(3):
+        subject.apply(Finished(last, 200), NOW)
+        ((last, _),) = let_go(subject)
+        gone.append(last)
+    assert gone == [2, 5, 3]
+
+
+def test_only_where_requests_may_wait_are_the_headers_of_those_who_wait_asked_for() -> None:
+    assert "x-llm-d-inference-ttl" in scheduler("a", max_inflight=1).headers
+    assert scheduler("a").headers == frozenset()
+
+
 def test_it_is_also_when_an_ejected_endpoint_has_rested() -> None:
     subject = scheduler("a", "b", max_inflight=1, eject_after=1, eject_s=4.0)
     assert isinstance(subject.submit(request(1, subset=frozenset({"b:8000"})), NOW), Decision)

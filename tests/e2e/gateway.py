@@ -11,7 +11,7 @@ import pytest
 
 from picker.app import App
 from picker.config import Config, ExactConfig, HealthConfig, LimitConfig, ProxyConfig, ScrapeConfig
-from picker.envoy import GATEWAY, bootstrap, find_envoy, running_envoy
+from picker.envoy import GATEWAY, Json, bootstrap, find_envoy, running_envoy
 from picker.errors import ConfigError
 from picker.frontends.extproc import ExtProc
 from picker.frontends.proxy import Proxy
@@ -67,10 +67,12 @@ async def gateway(
     first_byte_timeout_s: float = 30.0,
     known: bool = True,
     exact: ExactConfig | None = None,
+    health: HealthConfig | None = None,
+    change: Callable[[Json], None] = lambda config: None,
 ) -> AsyncIterator[Gateway]:
     """Picker behind `front_end` ("proxy" or "envoy"), ready: its pods are scraped and their models known.
 
-    known: False where the pods are not expected to answer.
+    known: False where the pods are not expected to answer. change: what to do to Envoy's configuration.
     """
     config = Config(
         endpoints=list(pods) or ["127.0.0.1:1"],
@@ -78,12 +80,12 @@ async def gateway(
         scrape=ScrapeConfig(interval_s=0.05, timeout_s=0.5),
         limits=limits or LimitConfig(),
         exact=exact or ExactConfig(),
-        health=HealthConfig(eject_after=3, eject_s=30.0),
+        health=health or HealthConfig(eject_after=3, eject_s=30.0),
         proxy=ProxyConfig(first_byte_timeout_s=first_byte_timeout_s),
         drain_timeout_s=0.5,
     )
     app, stop = App(config), asyncio.Event()
-    front: _Proxied | _BehindEnvoy = _Proxied(app) if front_end == "proxy" else _BehindEnvoy(app, pods)
+    front: _Proxied | _BehindEnvoy = _Proxied(app) if front_end == "proxy" else _BehindEnvoy(app, pods, change)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(app.run([front.serve], stop))
         async with front.reachable() as url:
@@ -122,7 +124,8 @@ class _Proxied:
 
 
 class _BehindEnvoy:
-    def __init__(self, app: App, pods: Sequence[str]) -> None:
+    def __init__(self, app: App, pods: Sequence[str], change: Callable[[Json], None]) -> None:
+        self.change = change
         self.epp = ExtProc(app.runtime)
         self.pods = [pod.removeprefix("http://") for pod in pods]
         self.port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -138,5 +141,7 @@ class _BehindEnvoy:
 
     @asynccontextmanager
     async def reachable(self) -> AsyncIterator[str]:
-        async with running_envoy(bootstrap(self.pods, f"127.0.0.1:{await self.port}")) as envoy:
+        config = bootstrap(self.pods, f"127.0.0.1:{await self.port}")
+        self.change(config)
+        async with running_envoy(config) as envoy:
             yield f"http://127.0.0.1:{envoy.ports[GATEWAY]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,15 +14,26 @@ from typing import Any
 import aiohttp
 import pytest
 
-from e2e.gateway import FRONT_ENDS, Gateway, gateway
+from e2e.gateway import FRONT_ENDS, Gateway, envoy_missing, gateway
+from picker.config import HealthConfig
+from picker.envoy import Json
 from picker.sim.pod import Pod, open_pods
 from picker.sim.pod_options import Fault, MetricsFault, PodOptions
-from picker.types import Failed, Finished, LoadObserved, ScrapeFailed
+from picker.types import Decision, Failed, Finished, HealthObserved, LoadObserved, ResponseStarted, ScrapeFailed
 
 pytestmark = pytest.mark.e2e
 
 MODEL = "demo"
 CHAT = "/v1/chat/completions"
+
+
+def ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -37,13 +49,34 @@ class World:
             text = await response.read()
             return response.status, json.loads(text)
 
+    def named(self, since: int) -> set[str]:
+        """The endpoints that requests after this one were sent to first."""
+        recent = [record for record in self.gate.app.runtime.recent(256) if record.request.id > since]
+        return {record.outcome.endpoint.name for record in recent if isinstance(record.outcome, Decision)}
+
+    async def serving(self, count: int) -> None:
+        """Ask, several at a time, until so many pods have answered, which is to be soon."""
+        answered: set[str] = set()
+        async with asyncio.timeout(5.0):
+            while len(answered) < count:
+                answered.update(await asyncio.gather(*(self.server() for _ in range(6))))
+                answered.discard("")
+
+    async def server(self) -> str:
+        """Who answers a request well; empty when nobody does."""
+        async with self.client.post(self.gate.url + CHAT, json=self.chat()) as response:
+            await response.read()
+            return response.headers["x-picker-endpoint"] if response.status == 200 else ""
+
     def chat(self, **more: Any) -> dict[str, Any]:
         return {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, **more}
 
 
 @asynccontextmanager
-async def world(front_end: str, *, count: int = 2, time_scale: float = 50.0, **options: Any) -> AsyncIterator[World]:
-    pods_options = PodOptions(count=count, model=MODEL, time_scale=time_scale)
+async def world(
+    front_end: str, *, count: int = 2, time_scale: float = 50.0, host: str = "127.0.0.1", **options: Any
+) -> AsyncIterator[World]:
+    pods_options = PodOptions(count=count, model=MODEL, time_scale=time_scale, host=host)
     async with (
         open_pods(pods_options) as pods,
         gateway(front_end, [pod.url for pod in pods], **options) as gate,
@@ -138,6 +171,61 @@ async def test_with_all_pods_dead_the_client_is_told(front_end: str) -> None:
         status, answer = await here.post(here.chat())
         assert status == 503
         assert answer["error"]["message"] == "No healthy endpoint."
+
+
+@front_ends
+async def test_after_a_total_outage_every_pod_is_in_service_moments_after_it_is_back(front_end: str) -> None:
+    async with world(front_end, count=3) as here:  # rests last 30 s here
+        for pod in here.pods:
+            pod.restart(down_s=1e6)
+        assert not any([await here.server() for _ in range(12)])
+        for pod in here.pods:
+            pod.restart()
+        await here.serving(3)
+
+
+@front_ends
+async def test_pods_that_have_failed_all_requests_are_tried_again_soon(front_end: str) -> None:
+    async with world(front_end, count=3, health=HealthConfig(eject_s=0.2, eject_max_s=600.0)) as here:
+        for pod in here.pods:
+            pod.fault = Fault(error_status=500)
+        assert not any([await here.server() for _ in range(60)])
+        for pod in here.pods:
+            pod.fault = Fault()
+        await here.serving(3)
+
+
+@pytest.mark.skipif(bool(envoy_missing()), reason=envoy_missing())
+async def test_a_dead_pod_is_not_named_first_for_long_where_nobody_tells_who_served() -> None:
+    async with world("envoy", count=3, change=silent) as here:
+        dead = here.pods[0].url.removeprefix("http://")
+        for _ in range(3):
+            await here.post(here.chat())
+        here.pods[0].restart(down_s=1e6)
+        prompt = here.chat(messages=[{"role": "user", "content": "x" * 10_000}])
+        while not any(isinstance(fact, HealthObserved) for fact in here.gate.facts):
+            assert (await here.post(prompt))[0] == 200
+        first = here.gate.app.runtime.recent(1)[0].request.id
+        assert [(await here.post(prompt))[0] for _ in range(12)] == [200] * 12
+        assert dead not in here.named(since=first)
+
+
+def silent(config: Json) -> None:
+    """A gateway that does not tell picker who answered."""
+    (listener,) = config["static_resources"]["listeners"]
+    filters = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+    del filters[0]["typed_config"]["response_attributes"]
+
+
+@pytest.mark.skipif(not ipv6(), reason="this machine has no IPv6 loopback")
+@front_ends
+async def test_pods_at_ipv6_addresses_are_served_and_recognised_as_who_answered(front_end: str) -> None:
+    async with world(front_end, host="::1") as here:
+        await here.serving(2)
+        await here.gate.settled()
+        served = {fact.served_by for fact in here.gate.facts if isinstance(fact, ResponseStarted)}
+        assert served == {pod.url.removeprefix("http://") for pod in here.pods}
+        assert all(address is not None and address.startswith("[::1]:") for address in served)
 
 
 @front_ends

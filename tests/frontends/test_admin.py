@@ -86,8 +86,11 @@ async def test_one_healthy_endpoint_makes_it_ready_whatever_its_scrapes_say() ->
         "ready": True,
         "reason": "1 of 2 endpoints can serve",
         "endpoints": [
-            {"name": "a", "healthy": True, "draining": False, "scrape_age_s": None} | unsubscribed,
-            {"name": "b", "healthy": False, "draining": False, "scrape_age_s": 2.5} | unsubscribed,
+            {"name": "a", "healthy": True, "draining": False, "scrape_age_s": None, "metrics_missing": []}
+            | unsubscribed,
+            {"name": "b", "healthy": False, "draining": False, "scrape_age_s": 2.5}
+            | {"metrics_missing": ["waiting", "running", "kv_usage"]}
+            | unsubscribed,
         ],
     }
 

@@ -134,6 +134,14 @@ def test_old_versions_of_tls_are_not_spoken() -> None:
         shaken(Certificates(None).context, old)
 
 
+def test_older_versions_than_asked_for_are_not_spoken() -> None:
+    old = client()
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    shaken(Certificates(None).context, old)
+    with pytest.raises(ssl.SSLError):
+        shaken(Certificates(None, oldest=ssl.TLSVersion.TLSv1_3).context, old)
+
+
 def test_a_folder_without_certificate_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
         Certificates(tmp_path)

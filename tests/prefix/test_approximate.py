@@ -54,7 +54,11 @@ def store(into: ApproximateIndex, row: int, blocks: Prompt) -> None:
 
 
 def matched(by: ApproximateIndex, blocks: Prompt) -> list[int]:
-    counts: list[int] = by.match(chained(blocks)).tolist()
+    hashes = chained(blocks)
+    counts: list[int] = by.match(hashes).tolist()
+    few = dict(by.match_few(hashes, (1 << len(counts)) - 1))
+    assert [few.get(row, 0) for row in range(len(counts))] == counts
+    assert set(dict(by.match_few(hashes, 0b101))) == few.keys() & {0, 2}
     return counts
 
 
@@ -75,6 +79,12 @@ class Lru:
     def trim(self) -> None:
         while len(self.held) > self.capacity:
             del self.held[min(self.held, key=lambda prefix: (self.held[prefix], -len(prefix)))]
+
+    def take_back(self, blocks: Prompt, kept: int) -> None:
+        for end in range(len(blocks), kept, -1):
+            if any(len(each) > end and each[:end] == blocks[:end] for each in self.held):
+                return
+            self.held.pop(blocks[:end], None)
 
     def match(self, blocks: Prompt) -> int:
         if not self.held:
@@ -144,6 +154,12 @@ class AnyInterleaving(RuleBasedStateMachine):
         row = self.row(number)
         self.index.correct(row, chained(blocks), predicted, actual)
         self.follow(row)
+
+    @rule(number=ROWS, data=st.data(), kept=st.integers(0, 9))
+    def take_back(self, number: int, data: st.DataObject, kept: int) -> None:
+        row, blocks = self.row(number), data.draw(st.sampled_from(sorted(self.seen)))
+        self.index.take_back(row, chained(blocks), kept)
+        self.model[row].take_back(blocks, kept)
 
     @precondition(lambda self: len(self.model) < 10)
     @rule(extra=st.sampled_from([0, 1, 2, 64]))
@@ -481,6 +497,43 @@ def test_what_was_cleared_does_not_come_back_with_a_neighbour() -> None:
 
 
 # --- memory ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_never_computed_is_taken_back_and_what_others_go_on_from_stays() -> None:
+    made = index()
+    head = prompt(1, 4)
+    for row in (0, 1):
+        store(made, row, prompt(2, 3, head))
+    made.take_back(0, chained(prompt(2, 3, head)), kept=2)
+    assert matched(made, prompt(2, 3, head)) == [2, 7, 0, 0]
+    store(made, 0, prompt(3, 3, head))
+    made.take_back(0, chained(head), kept=0)
+    assert matched(made, prompt(3, 3, head)) == [7, 4, 0, 0]
+
+
+def test_in_a_hurry_what_anybody_goes_on_from_is_left_where_it_is() -> None:
+    for thorough, left in ((False, 4), (True, 0)):
+        made = index()
+        head = prompt(1, 4)
+        store(made, 1, prompt(3, 3, head))
+        store(made, 0, prompt(2, 3, head))
+        made.take_back(0, chained(prompt(2, 3, head)), kept=0, thorough=thorough)
+        assert matched(made, prompt(2, 3, head)) == [left, 4, 0, 0]
+
+
+def test_what_is_matched_and_stored_a_moment_later_is_found_as_if_it_were_looked_for_twice() -> None:
+    once, twice = index(), index()
+    for number in range(60):
+        asked = chained(prompt(number % 7, number % 5 + 1, prompt(1, number % 4)))
+        once.match(asked)
+        once.store(number % 4, asked)
+        twice.store(number % 4, asked.copy())
+        if number % 3 == 0:
+            once.match(asked)
+            for each in (once, twice):
+                each.clear(number % 2)
+        assert once.match(asked).tolist() == twice.match(asked.copy()).tolist()
+        assert (once.blocks, once.nbytes) == (twice.blocks, twice.nbytes)
 
 
 def test_a_hot_prefix_takes_no_more_memory_however_often_it_is_used() -> None:

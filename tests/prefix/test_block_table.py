@@ -74,3 +74,26 @@ def test_churn_does_not_make_a_table_larger() -> None:
         table.add(range(start, start + 50), 1)
     assert len(table) == 1000
     assert table.nbytes < 60 * 1000
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(60, 300))
+def test_many_numbers_are_found_as_few_are(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = BlockTable()
+    numbers = (rng.permutation(400)[:count].astype(np.uint64) * np.uint64(0x0101_0000_0000_0001)).tolist()
+    assert table.add(numbers, 1) == count
+    for number in numbers[::7]:
+        table.drop(table.find(number))
+    asked = [*numbers, *range(10**6, 10**6 + 50)]
+    assert sorted(table.find_all(asked)) == sorted(entry for each in asked if (entry := table.find(each)) >= 0)
+
+
+def test_a_number_is_entered_once() -> None:
+    table = BlockTable()
+    for block in range(1, 2000):
+        number = block * 0x0101_0000_0000_0001 % 2**64
+        assert table.enter(number, block)
+        assert not table.enter(number, block + 1)
+        assert table.get(number) == block
+    assert len(table) == 1999

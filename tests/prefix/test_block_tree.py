@@ -52,9 +52,11 @@ def test_a_chain_is_whole_when_free_numbers_are_scattered() -> None:
         tree.held[last - 2 : last + 1] = 0
         tree.prune_many(np.array([last, last - 2, last - 1]))
     room = tree.capacity - tree.live
-    last = grown(tree, root, 1, room)
+    keys = np.arange(1, room + 1, dtype=np.uint64)
+    start, count = tree.extend(root, 10 * np.arange(1, room + 1), keys, HELD)[-1]
+    last = start + count - 1
     assert path(tree, last) == list(range(room, 0, -1))
-    assert (tree.live, tree.capacity) == (capacity, capacity)
+    assert (tree.live, tree.capacity) == (capacity, capacity)  # to the last number that is free
     for kept in lasts[1::2]:
         assert len(path(tree, kept)) == 3
 
@@ -82,3 +84,47 @@ def test_a_block_is_freed_when_nobody_holds_it_and_nothing_continues_it() -> Non
     assert tree.blocks == 5
     tree.prune(right)
     assert (tree.live, tree.roots) == (0, {})
+
+
+def test_a_part_of_the_numbers_stays_free() -> None:
+    tree = BlockTree()
+    root = tree.root(b"chain", 16)
+    for number in range(500):
+        grown(tree, root, 1000 * number, 30)
+        assert tree.live <= tree.capacity * 7 / 8
+    assert tree.live >= tree.capacity / 3
+
+
+def test_growth_covers_what_making_blocks_takes() -> None:
+    tree = BlockTree()
+    root = tree.root(b"chain", 16)
+    last = root
+    for number in range(300):
+        before, growth = tree.nbytes, tree.growth(30)
+        last = grown(tree, last, 1000 * number, 30)
+        assert tree.nbytes <= before + growth
+
+
+def test_prompts_of_many_keep_together_while_others_come_and_go() -> None:
+    rng = np.random.default_rng(0)
+    tree = BlockTree()
+    root = tree.root(b"chain", 16)
+    ranges, adjacent, lasts = 0, 0, [root] * 20
+    held: list[list[int]] = []
+    for number in range(2000):
+        which = int(rng.integers(20))
+        ends = tree.position_at[lasts[which]] + 10 * np.arange(1, 33)
+        tree.grow(32)
+        made = tree.extend(lasts[which], ends, np.arange(32, dtype=np.uint64) + np.uint64(100 * number), HELD)
+        ranges += len(made)
+        adjacent += made[0][0] == lasts[which] + 1
+        lasts[which] = made[-1][0] + made[-1][1] - 1
+        held.append([block for start, count in made for block in range(start, start + count)])
+        if number % 8 == 7:
+            lasts[which] = root
+        if len(held) > 300:
+            gone = np.array(held.pop(int(rng.integers(100))))
+            tree.held[gone] = 0
+            tree.prune_many(gone)
+    assert ranges < 1.3 * 2000
+    assert adjacent > 0.25 * 2000

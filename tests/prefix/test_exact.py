@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from picker.prefix.exact import Exact, Known
 from picker.prefix.precise import PreciseIndex
@@ -19,6 +22,7 @@ from picker.types import (
     EventState,
     Reading,
     Request,
+    Tier,
     UInt64Array,
 )
 
@@ -211,6 +215,141 @@ def test_in_tokens_the_ids_are_what_is_matched() -> None:
     exact.apply(0, stored(1, 2, tokens=(5, 6, 7, 8, 9, 10, 11, 12)))
     ids: UInt64Array = HASHER.hashes_of_ids([5, 6, 7, 8, 9, 10, 11, 12, 13])
     assert tokens(exact, Reading(ids)) == 8.0
+
+
+@given(st.data(), st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1))
+@settings(max_examples=40, deadline=None)
+def test_an_engines_hashes_are_names_and_nothing_else(data: st.DataObject, factor: int, shift: int) -> None:
+    """Another algorithm or seed gives every block another number; equal numbers stay equal."""
+
+    def renamed(number: int) -> int:
+        return (number * (factor | 1) + shift) % 2**64
+
+    words = st.lists(st.sampled_from([b"ABCD", b"EFGH", b"IJKL"]), min_size=1, max_size=6)
+    one, other = by_bytes(), by_bytes()
+    for chain in data.draw(st.lists(words, max_size=8)):
+        numbers = [hash_of(b"".join(chain[: end + 1])) for end in range(len(chain))]
+        for exact, name in ((one, int), (other, renamed)):
+            exact.apply(0, spelled(b"".join(chain), *[name(each) for each in numbers]))
+    for chain in data.draw(st.lists(words, max_size=3)):
+        gone = hash_of(b"".join(chain))
+        one.apply(0, BlocksRemoved("a", (gone,)))
+        other.apply(0, BlocksRemoved("a", (renamed(gone),)))
+    for prompt in data.draw(st.lists(words, min_size=1, max_size=4)):
+        reading = text(b"".join(prompt) + b"X")
+        assert tokens(one, reading) == tokens(other, reading)
+
+
+def hash_of(word: bytes) -> int:
+    return zlib.crc32(word)
+
+
+# --- lower tiers ---
+
+
+def offloaded(*hashes: int, tier: Tier = Tier.CPU, **more: Any) -> BlocksStored:
+    """As vLLM's offloading connectors tell it: hashes, and nothing else."""
+    return BlocksStored("a", hashes, tier=tier, **more)
+
+
+def seen(exact: Exact, reading: Reading) -> tuple[float, float]:
+    """(what the stored tokens are worth, how many the engine will report)."""
+    found = exact.match(reading, request())
+    assert found is not None
+    return found.tokens.item(0), found.cached.item(0)
+
+
+@pytest.mark.parametrize("size", [0, SIZE])
+def test_a_block_that_is_offloaded_stays_known_when_it_leaves_the_gpu(size: int) -> None:
+    exact = by_bytes()
+    exact.apply(0, spelled(b"ABCDEFGH", 1, 2))
+    exact.apply(0, offloaded(1, 2, block_size=size))
+    assert seen(exact, text(b"ABCDEFGHI")) == (8.0, 8.0)
+    exact.apply(0, BlocksRemoved("a", (2, 1)))
+    assert seen(exact, text(b"ABCDEFGHI")) == pytest.approx((6.4, 8.0))
+    exact.apply(0, BlocksRemoved("a", (2,), Tier.CPU))
+    assert seen(exact, text(b"ABCDEFGHI")) == pytest.approx((3.2, 4.0))
+
+
+def test_a_block_in_several_tiers_is_worth_what_the_best_is() -> None:
+    exact = by_bytes()
+    exact.apply(0, spelled(b"ABCD", 1))
+    exact.apply(0, offloaded(1))
+    exact.apply(0, offloaded(1, tier=Tier.DISK))
+    exact.apply(0, BlocksRemoved("a", (1,)))
+    assert seen(exact, text(b"ABCDE")) == pytest.approx((3.2, 4.0))
+    exact.apply(0, BlocksRemoved("a", (1,), Tier.CPU))
+    assert seen(exact, text(b"ABCDE")) == pytest.approx((1.6, 4.0))
+
+
+def test_a_block_that_is_offloaded_twice_is_there_until_it_is_removed_twice() -> None:
+    exact = by_bytes()
+    exact.apply(0, spelled(b"ABCD", 1))
+    exact.apply(0, offloaded(1))
+    exact.apply(0, offloaded(1))
+    exact.apply(0, BlocksRemoved("a", (1,)))
+    exact.apply(0, BlocksRemoved("a", (1,), Tier.CPU))
+    assert seen(exact, text(b"ABCDE"))[1] == 4.0
+    exact.apply(0, BlocksRemoved("a", (1,), Tier.CPU))
+    assert exact.index.blocks == 0
+
+
+@pytest.mark.parametrize("told", [offloaded(1, 2), spelled(b"ABCDEFGH", 1, 2, tier=Tier.CPU)])
+def test_blocks_of_lower_tiers_that_nobody_told_of_are_counted_and_not_guessed(told: BlocksStored) -> None:
+    """Their salt is not told: this block may be of anybody's prompt that begins so."""
+    exact = by_bytes()
+    exact.apply(0, told)
+    assert seen(exact, text(b"ABCDEFGHI")) == (0.0, 0.0)
+    assert (exact.stream(0).nameless, exact.index.blocks) == (2, 0)
+
+
+def test_an_offloaded_block_of_a_salted_prompt_stays_within_its_salt() -> None:
+    exact = by_bytes()
+    exact.apply(0, spelled(b"ABCD", 1, salt="mine"))
+    exact.apply(0, spelled(b"ABCD", 1, tier=Tier.CPU))
+    exact.apply(0, BlocksRemoved("a", (1,)))
+    assert seen(exact, text(b"ABCDE", salt="mine"))[1] == 4.0
+    assert seen(exact, text(b"ABCDE"))[1] == 0.0
+
+
+def test_one_endpoint_offloading_says_nothing_of_another() -> None:
+    exact = by_bytes()
+    exact.apply(1, EventsChanged("b", EventState.WHOLE))
+    exact.apply(0, spelled(b"ABCD", 1))
+    exact.apply(1, BlocksStored("b", (1,), tier=Tier.CPU))
+    found = exact.match(text(b"ABCDE"), request())
+    assert found is not None
+    assert found.cached.tolist() == [4.0, 0.0, 0.0, 0.0]
+    assert exact.stream(1).nameless == 1
+
+
+def test_blocks_without_tokens_in_the_gpu_are_known_by_their_hash_or_not_at_all() -> None:
+    exact = by_bytes()
+    exact.apply(0, spelled(b"ABCD", 1))
+    exact.apply(0, offloaded(1, 2, tier=Tier.GPU))
+    assert exact.stream(0).nameless == 1
+    exact.apply(0, BlocksRemoved("a", (1,)))
+    assert seen(exact, text(b"ABCDE"))[1] == 4.0
+
+
+def test_what_is_offloaded_does_not_make_a_stream_whole() -> None:
+    exact = by_bytes()
+    exact.apply(0, EventsChanged("a", EventState.PARTIAL))
+    exact.set_capacity(0, 8)
+    exact.apply(0, spelled(b"ABCD", 1))
+    for _ in range(5):
+        exact.apply(0, spelled(b"ABCD", 1, tier=Tier.CPU))
+    exact.apply(0, spelled(b"EFGHIJKL", 2, 3, parent=1))
+    assert exact.stream(0).state is EventState.PARTIAL, "what lies in lower tiers since before is not known"
+
+
+def test_offloading_holds_to_the_budget() -> None:
+    exact = Exact(PreciseIndex(100_000, 4), ByBytes(HASHER, lambda name: LETTERS), 4)
+    exact.apply(0, EventsChanged("a", EventState.WHOLE))
+    exact.apply(0, spelled(b"ABCD", 1))
+    for _ in range(10_000):
+        exact.apply(0, offloaded(*range(1, 50)))
+    assert exact.index.nbytes <= 100_000
 
 
 def test_block_sizes_may_differ_between_endpoints() -> None:

@@ -166,6 +166,20 @@ def test_one_block_more_than_a_few_children_are_all_found() -> None:
     assert_sound(known)
 
 
+def test_bytes_of_zero_are_counted_by_their_number() -> None:
+    known = index()
+    for length in range(1, 40):
+        store(known, length % 4, chain(b"head", bytes(length), b"tail"))
+    for length in range(1, 40):
+        found = match(known, b"head" + bytes(length) + b"tail")
+        assert found.blocks[length % 4] == 3
+        assert found.position == 8 + length
+        head = known.tree.child_at(known.tree.roots[known.name("root")][BLOCK], 4, HASHER.hashes(b"head").item(4))
+        branches = known.tree.branches(next(head), HASHER.hashes(b"head" + bytes(length)))
+        assert len(branches) == len(set(branches))
+    assert match(known, b"head" + bytes(40) + b"tail").blocks.max() == 2
+
+
 def test_a_block_in_a_lower_tier_counts_and_is_worth_less() -> None:
     known = PreciseIndex(PLENTY, 4, worth={Tier.GPU: 1.0, Tier.CPU: 0.75, Tier.DISK: 0.5})
     told = chain(b"the ", b"quick ", b"fox")
@@ -270,6 +284,49 @@ def test_what_nobody_holds_is_forgotten() -> None:
     known.remove_row(3)
     assert (known.blocks, known.tree.roots) == (0, {})
     assert_sound(known)
+
+
+@pytest.mark.parametrize("count", [1, 40, 300])
+def test_blocks_are_removed_one_by_one_as_all_at_once(count: int) -> None:
+    known, other = index(), index()
+    told = chain(*[b"word "] * 400)
+    for each in (known, other):
+        store(each, 0, told)
+        store(each, 1, told, stop=350)
+        store(each, 0, told, start=120, stop=130, tier=Tier.CPU)
+    gone = told.hashes[100 : 100 + count][::-1]
+    assert known.removed(0, (*gone, *gone, 7)) == count  # each is there once
+    assert sum(other.removed(0, (number,)) for number in gone) == count
+    for row in (0, 1):
+        assert known.resident(row) == other.resident(row)
+    assert match(known, told.text).blocks.tolist() == match(other, told.text).blocks.tolist()
+    assert known.blocks == other.blocks
+    assert_sound(known)
+
+
+def test_a_parent_that_left_is_no_parent() -> None:
+    known = index()
+    told = chain(b"the ", b"quick ", b"fox")
+    store(known, 0, told, stop=2)
+    assert known.parent_of(0, told.hashes[1]) is not None
+    known.removed(0, told.hashes[1:2])
+    assert store(known, 0, told, start=2) == 0
+    store(known, 1, told, stop=2)
+    assert known.parent_of(1, told.hashes[1]) is not None
+    assert store(known, 0, told, start=2) == 0
+    known.clear(1)
+    assert store(known, 1, told, start=2) == 0
+    assert_sound(known)
+
+
+def test_a_lower_budget_holds_from_the_next_event_on() -> None:
+    known = index()
+    for number in range(200):
+        store(known, number % 4, chain(b"%03d" % number, *[b"word "] * 20))
+    before = known.nbytes
+    known.budget_bytes = before * 3 // 4
+    store(known, 0, chain(b"one", b"more"))
+    assert known.nbytes <= known.budget_bytes
 
 
 def test_a_row_that_is_given_away_begins_from_nothing() -> None:

@@ -110,7 +110,7 @@ def test_a_damaged_snapshot_is_refused(damaged: int) -> None:
         load(index(), bytes(data), {}, SECRET)
 
 
-@pytest.mark.parametrize("data", [b"", b"picker-blocks\x00\x02", b"something else entirely"])
+@pytest.mark.parametrize("data", [b"", b"picker-blocks\x00\x01", b"something else entirely"])
 def test_what_is_no_snapshot_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a snapshot"):
         load(index(), data, {}, SECRET)

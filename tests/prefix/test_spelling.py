@@ -55,7 +55,8 @@ def test_one_changed_byte_changes_every_prefix_that_holds_it(data: bytes, draw: 
 
 def test_swapped_bytes_and_zero_bytes_are_told_apart() -> None:
     assert HASHER.hashes(b"ab")[-1] != HASHER.hashes(b"ba")[-1]
-    assert len(set(HASHER.hashes(b"\0" * 50).tolist())) == 51
+    places = {HASHER.hashes(b"\0" * place + b"a" + b"\0" * (49 - place)).item(50) for place in range(50)}
+    assert len({*places, HASHER.hashes(b"\0" * 50).item(50)}) == 51
 
 
 def test_another_secret_gives_other_hashes() -> None:
@@ -118,3 +119,32 @@ def test_what_is_learned_is_spelled() -> None:
 
 def test_a_spelling_does_not_show_its_text() -> None:
     assert "bc" not in repr(WORDS.spell([1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 4), st.integers(1, 3))
+def test_blocks_are_spelled_as_their_ids_are(ids: list[int], size: int, blocks: int) -> None:
+    ids = (ids * 12 or [0] * 12)[: size * blocks]
+    if len(ids) < size * blocks:
+        return
+    vocabulary, other = (Vocabulary([b"a", b"bc", b"", None, "€".encode(), b"d"]) for _ in range(2))
+    found, wanted = vocabulary.spell_blocks(ids, size), other.spell(ids, size)
+    assert (None if found is None else found[0]) == (None if wanted is None else wanted.data)
+    assert (None if found is None else found[1]) == (None if wanted is None else wanted.ends.tolist())
+    assert vocabulary.unspelled == other.unspelled
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.binary(max_size=200), st.binary(max_size=200))
+def test_a_chain_is_extended_by_one_as_by_many(before: bytes, data: bytes) -> None:
+    start = HASHER.hashes(before).item(len(before))
+    many = HASHER.extend(start, len(before), data, [len(data)])
+    assert many is not None
+    assert HASHER.extend_by_one(start, len(before), data) == many.item(0)
+
+
+def test_nothing_is_extended_beyond_the_limit() -> None:
+    short = PrefixHasher(b"secret", max_units=10)
+    assert short.extend_by_one(1, 8, b"abc") is None
+    assert short.extend_by_one(1, 0, b"") == 1
+    assert short.extend_by_one(1, 8, b"ab") is not None

@@ -19,7 +19,7 @@ from dead_port import dead_port
 from picker.sources import kv_stream
 from picker.sources.kv_events import TURN_MESSAGES, KvEventSource
 from picker.sources.kv_place import Where, configured, labelled, locate
-from picker.sources.kv_stream import BAD_IN_A_ROW, DISTRUST, REPLAY_COOLDOWN, Said, Stream
+from picker.sources.kv_stream import BAD_IN_A_ROW, DISTRUST, REPLAY_COOLDOWN, Resumed, Said, Stream
 from picker.sources.scrape import FetchFailure, FetchResult
 from picker.types import (
     BlocksRemoved,
@@ -46,7 +46,7 @@ def batch(number: int, *events: Event, ts: float | None = None, rank: int | None
     return encode_batch(float(number) if ts is None else ts, events or (block(number),), rank)
 
 
-def told(facts: Iterable[Fact]) -> list[object]:
+def told(facts: Iterable[Fact | Resumed]) -> list[object]:
     """Facts in short: states, and numbers of blocks stored; minus for removed."""
     short: list[object] = []
     for fact in facts:

@@ -36,6 +36,11 @@ def page(waiting: float = 0.0, engines: tuple[str, ...] = ("0",), started_at: fl
     return FetchResult(200, "\n".join(lines).encode())
 
 
+def with_running(running: float, waiting: float = 0.0) -> FetchResult:
+    return FetchResult(200, page(waiting).body + b"\nvllm:num_requests_running %.1f\n" % running)
+
+
+FULL = FetchResult(200, page().body + b"\nvllm:num_requests_running 0\nvllm:kv_cache_usage_perc 0\n")
 MODELS = FetchResult(200, b'{"object":"list","data":[{"id":"tiny","max_model_len":1024}]}')
 HTML = FetchResult(200, b"<html>nginx</html>")
 REFUSED = FetchResult(failure=FetchFailure.REFUSED)
@@ -110,7 +115,7 @@ class FakePods:
 class Scene:
     """A running source, its pods, its time and the facts it emits."""
 
-    def __init__(self, **settings: int | float) -> None:
+    def __init__(self, **settings: float | Callable[[str], bool]) -> None:
         self.time = VirtualTime()
         self.pods = FakePods(self.time)
         self.facts: list[Fact] = []
@@ -162,6 +167,43 @@ async def test_an_endpoint_is_scraped_at_once_and_then_every_interval() -> None:
     assert all(0.8 <= pause <= 1.2 for pause in pauses[1:])
     assert len({round(pause, 6) for pause in pauses}) > 50
     assert [load.observed_at for load in scene.loads("a")] == times
+
+
+async def test_an_endpoint_where_nothing_runs_is_scraped_half_as_often_until_it_is_given_a_request() -> None:
+    busy: set[str] = set()
+    scene = Scene(busy=busy.__contains__)
+    scene.source.add(pod("a"))
+    scene.pods.metrics["a:8000"] = with_running(0.0)
+    async with scene.running():
+        await scene.time.pass_(100.0)
+        idle = len(scene.loads("a"))
+        busy.add("a")
+        await scene.time.pass_(3.0)
+        before = len(scene.loads("a"))
+        await scene.time.pass_(100.0)
+    assert 45 <= idle <= 56
+    assert 92 <= len(scene.loads("a")) - before <= 109
+
+
+@pytest.mark.parametrize("shown", [with_running(1.0), with_running(0.0, waiting=2.0), page()])
+async def test_an_endpoint_that_shows_requests_or_does_not_say_is_scraped_every_interval(shown: FetchResult) -> None:
+    scene = Scene(busy=lambda name: False)
+    scene.source.add(pod("a"))
+    scene.pods.metrics["a:8000"] = shown
+    async with scene.running():
+        await scene.time.pass_(100.0)
+    assert 92 <= len(scene.loads("a")) <= 109
+
+
+async def test_an_idle_endpoint_that_fails_is_asked_again_after_one_interval() -> None:
+    scene = Scene(busy=lambda name: False)
+    scene.source.add(pod("a"))
+    scene.pods.metrics["a:8000"] = with_running(0.0)
+    async with scene.running():
+        await scene.time.pass_(30.0)
+        scene.pods.metrics["a:8000"] = REFUSED
+        await scene.time.pass_(5.0)
+    assert scene.health() == [("a", False, "connection refused")]
 
 
 async def test_endpoints_that_come_together_are_spread_over_the_interval() -> None:
@@ -426,7 +468,7 @@ async def test_each_kind_of_trouble_is_logged_once(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO, logger=scrape.__name__):
         async with scene.running():
             await scene.time.pass_(30.0)
-            scene.pods.metrics["a:8000"] = page()
+            scene.pods.metrics["a:8000"] = FULL
             await scene.time.pass_(10.0)
     assert [record.message for record in caplog.records] == [
         "scraping http://a:8000: timeout",
@@ -434,6 +476,20 @@ async def test_each_kind_of_trouble_is_logged_once(caplog: pytest.LogCaptureFixt
         "endpoint a is healthy again",
         "scraping http://a:8000: good again",
     ]
+
+
+async def test_a_metric_that_is_no_longer_shown_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    scene = Scene()
+    renamed = FetchResult(200, FULL.body.replace(b"num_requests_waiting", b"requests_queued"))
+    scene.pods.metrics["a:8000"] = renamed
+    scene.source.add(pod("a"))
+    with caplog.at_level(logging.INFO, logger=scrape.__name__):
+        async with scene.running():
+            await scene.time.pass_(10.0)
+    assert [record.message for record in caplog.records] == [
+        "scraping http://a:8000: its metrics do not show waiting requests: were they renamed?"
+    ]
+    assert scene.loads("a")
 
 
 # --- models ------------------------------------------------------------------------------------------------

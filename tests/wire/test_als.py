@@ -62,8 +62,9 @@ def test_what_an_entry_does_not_say_is_absent() -> None:
     assert decode(message(entry()), HEADER) == [Ended(None, "", 0, None, None, None, None)]
 
 
-def test_ipv6_addresses_are_in_brackets() -> None:
-    (ended,) = decode(message(entry(upstream_remote_address=address("fd00::1", 8000))), HEADER)
+@pytest.mark.parametrize("host", ["fd00::1", "FD00:0:0::1"])
+def test_ipv6_addresses_are_in_brackets_and_as_short_as_can_be(host: str) -> None:
+    (ended,) = decode(message(entry(upstream_remote_address=address(host, 8000))), HEADER)
     assert ended.upstream == "[fd00::1]:8000"
 
 

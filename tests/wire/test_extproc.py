@@ -102,6 +102,7 @@ def test_request_headers_become_a_head_with_lower_case_names() -> None:
         method="POST",
         path="/v1/chat/completions?x=1",
         headers={":method": "POST", ":path": "/v1/chat/completions?x=1", "x-session-id": "s"},
+        walked=True,
     )
 
 
@@ -109,7 +110,9 @@ def test_headers_without_raw_value_are_read_from_value() -> None:
     lines = [core.HeaderValue(key=":method", value="GET"), core.HeaderValue(key=":path", value="/health")]
     sent = v3.HttpHeaders(headers=core.HeaderMap(headers=lines), end_of_stream=True)
     event = decode(v3.ProcessingRequest(request_headers=sent))
-    assert event == exchange.RequestHead("GET", "/health", {":method": "GET", ":path": "/health"}, end=True)
+    assert event == exchange.RequestHead(
+        "GET", "/health", {":method": "GET", ":path": "/health"}, end=True, walked=True
+    )
 
 
 def test_header_bytes_that_are_not_text_are_kept() -> None:
@@ -225,6 +228,15 @@ def test_a_stream_that_follows_requests_alone_takes_gateways_that_send_no_more()
         decode(modes(2, 0), Codec(mark="7-secret"))
     with pytest.raises(WireError, match="--mode lean"):
         decode(modes(4, 0))
+
+
+@pytest.mark.parametrize("told", ["[fd00::1]:8000", "[FD00:0:0::1]:8000"])
+def test_who_served_is_told_by_its_one_address_however_it_is_written(told: str) -> None:
+    attributes = {"envoy.filters.http.ext_proc": Struct.from_dict({"upstream.address": told})}
+    message = v3.ProcessingRequest(response_headers=headers((":status", "200")), attributes=attributes)
+    event = decode(message)
+    assert isinstance(event, exchange.ResponseHead)
+    assert event.served_by == "[fd00::1]:8000"
 
 
 def test_attributes_name_who_served_where_metadata_does_not() -> None:

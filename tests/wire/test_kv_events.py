@@ -279,7 +279,7 @@ def test_removals_that_follow_each_other_become_one_fact() -> None:
     assert (told.stored, told.removed) == (1, 6)
 
 
-@pytest.mark.parametrize("tokens", [(), (1,), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("tokens", [(1,), (1, 2, 3, 4, 5)])
 def test_a_store_whose_tokens_do_not_fill_its_blocks_is_left_out(tokens: tuple[int, ...]) -> None:
     told = tell([stored(tokens=tokens), stored((3,), kind=None)], "a")
     assert [fact.hashes for fact in told.facts if isinstance(fact, BlocksStored)] == [(3,)]
@@ -287,9 +287,11 @@ def test_a_store_whose_tokens_do_not_fill_its_blocks_is_left_out(tokens: tuple[i
     assert told.dropped == 1
 
 
-def test_a_placeholder_of_an_offload_tier_has_no_tokens() -> None:
-    told = tell([stored(tokens=(), block_size=0, medium="CPU")], "a")
-    assert told.facts == [BlocksStored("a", (1, 2), tier=Tier.CPU)]
+@pytest.mark.parametrize(("medium", "tier"), [("CPU", Tier.CPU), ("STORAGE", Tier.DISK), ("GPU", Tier.GPU)])
+@pytest.mark.parametrize("size", [0, 2])
+def test_a_placeholder_tells_hashes_only(size: int, medium: str, tier: Tier) -> None:
+    told = tell([stored(tokens=(), block_size=size, medium=medium)], "a")
+    assert told.facts == [BlocksStored("a", (1, 2), block_size=size, tier=tier)]
     assert told.wrong is None
 
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from picker.errors import WireError
 from picker.types import LoadObserved, ModelsObserved
-from picker.wire.metrics_text import decode_metrics, decode_models, scan_metrics
+from picker.wire.metrics_text import MetricsReader, decode_metrics, decode_models, scan_metrics
 
 STARTED_AT = 1795202416.27
 
@@ -472,3 +472,67 @@ def test_models_without_context_length_are_listed() -> None:
 def test_what_is_no_model_list_is_refused(body: bytes) -> None:
     with pytest.raises(WireError, match="not a model list"):
         decode_models(body, name="pod-1")
+
+
+# --- page after page ---------------------------------------------------------------------------------------
+
+COUNT = st.floats(0, 1e12) | st.integers(0, 10**7).map(float)
+
+
+@st.composite
+def similar_pages(draw: st.DrawFn) -> list[bytes]:
+    """What one server shows over time: other numbers, now and then other lines."""
+    made = Page(engines=draw(st.sampled_from([("0",), ("0", "1"), ("",)])))
+    found = []
+    for _ in range(draw(st.integers(1, 6))):
+        for values in (*made.gauges.values(), *made.counters.values()):
+            if draw(st.booleans()):
+                values[:] = draw(st.lists(COUNT, min_size=2, max_size=2))
+        if draw(st.integers(0, 4)) == 0:
+            running = draw(st.sampled_from(["", "one", "one,two"]))
+            labels = {"max_lora": "4", "running_lora_adapters": running, "waiting_lora_adapters": ""}
+            made.lora.append((labels, draw(COUNT)))
+        if draw(st.integers(0, 9)) == 0:
+            made.gauges.pop(draw(st.sampled_from(sorted(made.gauges))), None) if len(made.gauges) > 1 else None
+        if draw(st.integers(0, 9)) == 0:
+            made.started_at = draw(st.none() | st.floats(1e9, 2e9))
+        found.append(made.text())
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(pages=similar_pages())
+def test_a_page_is_read_after_others_as_if_it_were_the_first(pages: list[bytes]) -> None:
+    reader = MetricsReader()
+    for text in pages:
+        assert reader.read(text) == scan_metrics(text)
+
+
+def test_a_page_on_which_nothing_has_changed_is_what_it_was_before() -> None:
+    reader, text = MetricsReader(), Page().text()
+    assert reader.read(text) is reader.read(bytes(bytearray(text)))
+
+
+def test_a_page_that_cannot_be_read_is_refused_and_the_next_one_is_read_again() -> None:
+    reader = MetricsReader()
+    before = reader.read(Page().text())
+    for bad in (b"", b"<html>", Page().text().replace(b"vllm:", b"else:")):
+        with pytest.raises(WireError):
+            reader.read(bad)
+    assert reader.read(Page().text()) == before
+
+
+def test_one_adapter_in_place_of_another_is_noticed_though_the_page_is_no_longer() -> None:
+    reader = MetricsReader()
+    labels = {"max_lora": "4", "waiting_lora_adapters": "", "running_lora_adapters": "one"}
+    assert reader.read(Page(lora=[(labels, 5.0)]).text()).adapters == frozenset({"one"})
+    assert reader.read(Page(lora=[(labels | {"running_lora_adapters": "two"}, 6.0)]).text()).adapters == frozenset(
+        {"two"}
+    )
+
+
+def test_a_page_that_ends_before_the_value_of_a_line_is_searched_anew() -> None:
+    reader, text = MetricsReader(), sample("vllm:num_requests_running", 3.0)
+    assert reader.read(text.encode()).load(name="a", observed_at=0.0).running == 3.0
+    with pytest.raises(WireError):
+        reader.read(text.replace("3.0", " ").encode())

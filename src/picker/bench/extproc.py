@@ -2,11 +2,13 @@
 
 One Envoy with one worker and two listeners, with and without picker, in front of the same upstream; every repeat
 measures both in turn. Mode `full` is both directions over ext-proc, as the endpoint-picker protocol has it; `lean` is
-the request alone, and Envoy's access log instead of the response.
+the request alone, and Envoy's access log instead of the response. With several workers, Envoy has a thread for each,
+since every thread keeps a connection of its own; all of picker's processes stay on one core.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,10 +29,13 @@ COLUMNS = (
     *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
     *("added_p50_ms", "added_p99_ms", "latency_requests", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
 )
+# Beside those, where several workers share one decider.
+WORKER_COLUMNS = ("workers", "decider_cpu_us_per_request", "worker_cpu_us_per_request", "workers_per_decider")
 _EPP = (
     *("epp", "--host", "127.0.0.1", "--secure-serving", "false"),
     *("--grpc-port", "0", "--grpc-health-port", "0", "--metrics-port", "0"),
 )
+_DECIDER = re.compile(r"decider is process (\d+)")
 _EXT_PROC = re.compile(r"ext-proc on \S*?:(\d+)")
 _READY_TIMEOUT = 60.0
 
@@ -50,25 +55,27 @@ async def rows(
     modes: Sequence[str] = EPP_MODES,
     prompt_bytes: Sequence[int] = PROMPT_BYTES,
     chunks: Sequence[int] = CHUNKS,
+    workers: int = 1,
     seconds: float = 0.7,
     repeats: int = 3,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """One row for each mode, prompt size and number of chunks (0: one JSON answer instead of a stream).
 
-    seconds: of each measured window; a repeat has four. Raises ConfigError without Envoy, ChildFailedError or
+    workers: of picker; with several, the CPU time of the decider and of the workers, too. seconds: of each measured
+    window; a repeat has four. Raises ConfigError without Envoy, ChildFailedError or
     AnswerError when something breaks.
     """
     envoy.find_envoy()
     found = []
     for mode in modes:
-        async with _running(mode, next(cases(prompt_bytes, chunks))) as gateway:
+        async with _running(mode, workers, next(cases(prompt_bytes, chunks))) as gateway:
             for case in cases(prompt_bytes, chunks):
                 figures = []
                 for number in range(repeats):
                     progress(f"{mode} · {case} · {number + 1} of {repeats}")
                     figures.append(await _repeat(gateway, case, seconds))
-                key = {"mode": mode, "prompt_bytes": case.prompt_bytes, "chunks": case.chunks}
+                key = {"mode": mode, "prompt_bytes": case.prompt_bytes, "chunks": case.chunks, "workers": workers}
                 found.append({**key, **row_figures(figures), "repeats": repeats})
     return found
 
@@ -82,6 +89,7 @@ async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, fl
     return {
         "requests_per_s": with_picker.requests_per_s,
         "picker_cpu_us_per_request": with_picker.cpu_us["picker"],
+        **_shares(with_picker.cpu_us),
         "envoy_cpu_us_per_request": with_picker.cpu_us["envoy"],
         **added(latency, await open_loop(plain, seconds=seconds, rate=rate)),
         "picker_cores": with_picker.cores["picker"],
@@ -93,8 +101,21 @@ async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, fl
     }
 
 
+def _shares(cpu_us: Mapping[str, float]) -> dict[str, float]:
+    """What a request costs its worker and the decider, and so how many busy workers one decider can keep so."""
+    if "decider" not in cpu_us:
+        return {}
+    decider = cpu_us["decider"]
+    worker = cpu_us["picker"] - decider
+    return {
+        "decider_cpu_us_per_request": decider,
+        "worker_cpu_us_per_request": worker,
+        "workers_per_decider": worker / decider if decider else math.nan,
+    }
+
+
 @asynccontextmanager
-async def _running(mode: str, first: Case) -> AsyncIterator[_Gateway]:
+async def _running(mode: str, workers: int, first: Case) -> AsyncIterator[_Gateway]:
     """Upstream, picker and Envoy, once `first` has been answered both ways."""
     places = placement()
     async with AsyncExitStack() as stack:
@@ -102,13 +123,17 @@ async def _running(mode: str, first: Case) -> AsyncIterator[_Gateway]:
         upstream = await stack.enter_async_context(Upstream().running(ENDPOINTS))
         children = await stack.enter_async_context(supervised())
         with pinned(places.subject):
-            picker = await children.start_picker("picker", *_EPP, "--mode", mode, *upstream.endpoint_flags())
+            flags = (*_EPP, "--mode", mode, "--workers", str(workers))
+            picker = await children.start_picker("picker", *flags, *upstream.endpoint_flags())
         (port,) = await children.announced(picker, _EXT_PROC, timeout=_READY_TIMEOUT)
+        pids = {"picker": picker.process.pid}
+        if workers > 1:
+            pids["decider"] = int((await children.announced(picker, _DECIDER, timeout=_READY_TIMEOUT))[0])
         config = envoy.bootstrap(upstream.addresses, f"127.0.0.1:{port}", plain="127.0.0.1:0", lean=mode == "lean")
         with pinned(places.gateway):
-            running = await stack.enter_async_context(envoy.running_envoy(config))
+            running = await stack.enter_async_context(envoy.running_envoy(config, concurrency=workers))
         behind, plain = (running.ports[envoy.GATEWAY],), (running.ports[envoy.PLAIN],)
         for ports in (behind, plain):
             traffic = first.traffic(upstream, ports)
             await children.ready(picker, partial(answers, traffic), timeout=_READY_TIMEOUT)
-        yield _Gateway(upstream, behind, plain, {"picker": picker.process.pid, "envoy": running.pid})
+        yield _Gateway(upstream, behind, plain, pids | {"envoy": running.pid})

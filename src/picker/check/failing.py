@@ -24,6 +24,10 @@ _SOON = 2.0
 _MARGIN = 2.0
 _STRANGER = "192.0.2.66:4242"
 _CHURN_CLIENTS = 6
+# Seconds without any endpoint, and requests that fail meanwhile at least.
+_OUTAGE = 1.5
+_FAILURES = 30
+_PAUSE = 0.1
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
@@ -244,6 +248,33 @@ async def churn(rig: Rig) -> Finding:
     return _judged(rig, answers, gone_at, quiet=quiet, back=back)
 
 
+async def outage(rig: Rig) -> Finding:
+    """All endpoints go at once, requests fail meanwhile, and all are back: none may be shunned for what was before."""
+    for pod in rig.pods.all:
+        await pod.stop()
+    try:
+        until, failures = time.monotonic() + _OUTAGE, 0
+        while time.monotonic() < until or failures < _FAILURES:
+            answers = await crowd(_CHURN_CLIENTS, lambda _: rig.post(), at_once=_CHURN_CLIENTS)
+            if served := [got for got in answers if got.ok]:
+                return failed(f"without any endpoint: {served[0].said()}")
+            failures += len(answers)
+            await asyncio.sleep(_PAUSE)
+    finally:
+        for pod in rig.pods.all:
+            await pod.start()
+    back, started = time.monotonic() + rig.settle, time.monotonic()
+    answered: set[str | None] = set()
+    while not answered.issuperset(rig.pods.addresses) and time.monotonic() < back:
+        prompts = [rig.prompts.body(rig.prompts.fresh(4_000)) for _ in range(_CHURN_CLIENTS)]
+        answers = await crowd(len(prompts), lambda number, prompts=prompts: rig.post(prompts[number]))  # type: ignore[misc]
+        answered.update(got.pod for got in answers if got.ok)
+        await asyncio.sleep(_PAUSE)
+    if missing := set(rig.pods.addresses) - answered:
+        return failed(f"{rig.settle:g} s after all were back {len(missing)} of {len(rig.pods.all)} get nothing")
+    return passed(f"{failures} requests failed, {time.monotonic() - started:.1f} s later all endpoints answered")
+
+
 def _judged(rig: Rig, answers: list[tuple[float, Got]], gone_at: float, *, quiet: bool, back: bool) -> Finding:
     if not quiet:
         return failed(f"{rig.settle:g} s after it was gone the endpoint is still named first")
@@ -307,4 +338,5 @@ CHECKS: Sequence[Check[Rig]] = (
         "Envoy ext_proc API",
     ),
     _check("CHURN-1.leave", "An endpoint goes and comes back under load.", churn, "practice"),
+    _check("CHURN-2.outage", "All endpoints go and come back, and all are used again soon.", outage, "practice"),
 )

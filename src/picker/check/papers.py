@@ -45,10 +45,11 @@ class Paper:
 
 @dataclass(frozen=True, slots=True)
 class Papers:
-    """All documents."""
+    """All documents. binary: the Envoy to ask about its configurations; None: the one that is installed."""
 
     all: tuple[Paper, ...]
     trace: Trace = field(default_factory=Trace)
+    binary: Path | None = None
 
     def of(self, kind: Kind) -> list[Paper]:
         return [paper for paper in self.all if paper.kind is kind]

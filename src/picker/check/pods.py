@@ -11,6 +11,7 @@ import enum
 import hashlib
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ EVENTS_HEADER = "x-check-events"
 GATE_HEADER = "x-check-gate"
 # Which route or test a request belongs to, for the pod's memory.
 MARK_HEADER = "x-check-mark"
+# Seconds for a port to be had again.
+_RETURN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Pod:
         self.up = False
         self._steps = asyncio.Semaphore(0)
         self._runner: web.AppRunner | None = None
+        self._served = False
 
     async def start(self) -> None:
         """Serve; raises ConfigError where the address cannot be taken."""
@@ -69,13 +73,24 @@ class Pod:
         await runner.setup()
         host, _, port = self.address.rpartition(":")
         try:
-            await web.TCPSite(runner, host.strip("[]"), int(port), reuse_address=True).start()
+            await self._bind(runner, host.strip("[]"), int(port))
         except (OSError, OverflowError) as error:
             await runner.cleanup()
             raise ConfigError(f"cannot serve the endpoint {self.address}: {error.strerror or error}") from None  # type: ignore[union-attr]
-        self._runner, self.up = runner, True
+        self._runner, self.up, self._served = runner, True, True
         bound = runner.addresses[0][1]
         self.address = f"{host}:{bound}"
+
+    async def _bind(self, runner: web.AppRunner, host: str, port: int) -> None:
+        """A port that was its own may serve somebody's outgoing connection by now, for a moment."""
+        deadline = time.monotonic() + (_RETURN if self._served else 0.0)
+        while True:
+            try:
+                return await web.TCPSite(runner, host, port, reuse_address=True).start()
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
         """Refuse connections from here on; those that are open are closed."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from picker.check import (
+    admin_port,
     affinity,
     capacity,
     destination,
@@ -15,6 +16,7 @@ from picker.check import (
     malformed,
     manifests,
     routing,
+    sources,
     subset,
     timing,
     tls,
@@ -42,4 +44,6 @@ T1: Sequence[Check[Subject]] = (
 
 T2: Sequence[Check[Rig]] = (*routing.CHECKS, *failing.CHECKS)
 
-ALL: Sequence[Check[Any]] = (*T0, *T1, *T2)
+T3: Sequence[Check[Any]] = (*admin_port.CHECKS, *sources.CHECKS)
+
+ALL: Sequence[Check[Any]] = (*T0, *T1, *T2, *T3)

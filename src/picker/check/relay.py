@@ -44,12 +44,14 @@ class Passed:
 
     up: list[ProcessingRequest] = field(default_factory=list)
     down: list[ProcessingResponse] = field(default_factory=list)
+    _mark: str | None = None
 
     @property
     def mark(self) -> str | None:
-        """What the client called its request."""
-        heads = [frame for frame in self.up if frame.HasField("request_headers")]
-        return frames.header_fields(heads[0].request_headers.headers).get(MARK_HEADER) if heads else None
+        """What the client called its request; it stands in the first frame."""
+        if self._mark is None and self.up and self.up[0].HasField("request_headers"):
+            self._mark = frames.header_fields(self.up[0].request_headers.headers).get(MARK_HEADER)
+        return self._mark
 
     @property
     def heard(self) -> Heard:

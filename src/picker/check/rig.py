@@ -28,7 +28,6 @@ from picker.check.reference import Reference
 from picker.check.relay import Relay, relaying
 from picker.check.verdict import Trace
 from picker.envoy import EXT_PROC, GATEWAY, POOL, Json, Topology
-from picker.errors import ConfigError
 
 # Listeners. All but DIRECT go to the picker by way of the relay.
 CLOSE = "close"
@@ -43,7 +42,6 @@ MISTRUSTED = "mistrusted"
 # Seconds: of Envoy's idle timer on SHORT.
 IDLE = 1.0
 SUBSET_HEADER = "x-check-subset"
-_SELECTED = "selected_host_key"
 _TIMEOUT = 15.0
 
 # The gateway's subset hint, as a list, from a header of the client's.
@@ -387,7 +385,7 @@ async def standing(setup: Setup, folder: Path) -> AsyncIterator[Rig]:
         setup.change(config)
         log = folder / f"envoy-{setup.topology.value}.log"
         (folder / f"envoy-{setup.topology.value}.json").write_text(json.dumps(config, indent=1))
-        running = await _start(stack, config, log, setup.binary)
+        running = await stack.enter_async_context(envoy.running_envoy(config, log_path=log, binary=setup.binary))
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=_connector()))
         rig = Rig(
             setup.topology,
@@ -408,21 +406,6 @@ async def standing(setup: Setup, folder: Path) -> AsyncIterator[Rig]:
         yield rig
 
 
-async def _start(stack: AsyncExitStack, config: Json, log: Path, binary: Path | None) -> envoy.Envoy:
-    """Envoy; older versions (1.37) refuse `selected_host_key` and tell who answered by an attribute instead."""
-    try:
-        return await stack.enter_async_context(running_binary(config, log, binary))
-    except ConfigError as error:
-        if _SELECTED not in str(error):
-            raise
-    for made in config["static_resources"]["clusters"]:
-        for policy in made.get("load_balancing_policy", {}).get("policies", ()):
-            policy["typed_extension_config"]["typed_config"].pop(_SELECTED, None)
-    for made in config["static_resources"]["listeners"]:
-        ext_proc(made).setdefault("response_attributes", ["upstream.address"])
-    return await stack.enter_async_context(running_binary(config, log, binary))
-
-
 def _connector() -> aiohttp.TCPConnector:
     # A connection of its own for each request: nothing that Envoy does to one tells on another.
     return aiohttp.TCPConnector(limit=0, force_close=True)
@@ -435,20 +418,3 @@ async def _probed(setup: Setup) -> bool:
         return await gateway.health("liveness") == "SERVING"
     finally:
         await gateway.close()
-
-
-@contextlib.asynccontextmanager
-async def running_binary(config: Json, log: Path, binary: Path | None) -> AsyncIterator[envoy.Envoy]:
-    """`envoy.running_envoy` with a binary of one's own choice."""
-    if binary is None:
-        async with envoy.running_envoy(config, log_path=log) as running:
-            yield running
-        return
-    path, admin = log.with_suffix(".run.json"), log.with_suffix(".admin")
-    path.write_text(json.dumps(config))
-    options = ["-c", str(path), "--admin-address-path", str(admin), "-l", "warning", "--concurrency", "1"]
-    process = envoy._start([str(binary), *options, "--disable-hot-restart"], log)
-    try:
-        yield await envoy._ready(process, admin, log, 30.0)
-    finally:
-        await asyncio.shield(asyncio.to_thread(envoy._stop, process))

@@ -26,6 +26,8 @@ MEMBERS = (Topology.OVERRIDE_HOST.value,)
 
 _AT_ONCE = 10
 _REQUESTS = 60
+# A picker that takes no notice of a subset of one or two among three is missed once in 10,000 runs.
+_PINNED = 24
 # Two pools at 70 to 30; by the tolerance of the original, a fair split fails once in 100,000 runs.
 _WEIGHTED = 200
 _SHARE = 0.7
@@ -78,7 +80,7 @@ async def pinned(rig: Rig) -> Finding:
     """To one, two and three endpoints, told apart by their ports alone."""
     for size in range(1, len(rig.pods.all) + 1):
         allowed = rig.pods.addresses[:size]
-        answers = await crowd(_REQUESTS, lambda _, allowed=allowed: rig.post(subset=allowed))  # type: ignore[misc]
+        answers = await crowd(_PINNED, lambda _, allowed=allowed: rig.post(subset=allowed))  # type: ignore[misc]
         if violation := unserved(answers):
             return failed(f"with {size} allowed, {violation}")
         if outside := {got.pod for got in answers} - set(allowed):
@@ -289,13 +291,7 @@ CHECKS: Sequence[Check[Rig]] = (
     ),
     _check("ROUTE-5.none", "A host without a route is 404.", no_route, "GIE InferencePoolResolvedRefsCondition"),
     _check("ROUTE-5.no-picker", "A pool without its picker is 5xx.", no_picker, "GIE InferencePoolInvalidEPPService"),
-    _check(
-        "ROUTE-6.served",
-        "The picker is told who answered.",
-        served,
-        "GIE GatewayDestinationEndpointServed",
-        variants=MEMBERS,
-    ),
+    _check("ROUTE-6.served", "The picker is told who answered.", served, "GIE GatewayDestinationEndpointServed"),
     _check(
         "ROUTE-4.fallback",
         "When the first of the list is dead, the second answers.",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from picker import envoy
-from picker.check import certificate, pods, registry, runner
+from picker.check import certificate, knowledge, pods, registry, runner
 from picker.check.gateway import Gateway, Target
 from picker.check.papers import Papers, read
 from picker.check.pods import Pods
@@ -47,7 +47,8 @@ _SELF_PODS = 3
 class Plan:
     """What to check. picker: where it serves, None for picker's own. health: its health port, when that is another.
 
-    only: ids or families of ids. binary: an Envoy of one's own. settle, bound, patience: seconds (see `Subject`).
+    sources: for tier T3. only: ids or families of ids. binary: an Envoy of one's own. settle, bound, patience: seconds
+    (see `Subject`).
     """
 
     tiers: frozenset[Tier]
@@ -66,6 +67,7 @@ class Plan:
     overload: int | None = None
     max_body: int | None = None
     logs: tuple[Path, ...] = ()
+    sources: knowledge.Asked = field(default_factory=knowledge.Asked)
 
 
 @dataclass(slots=True)
@@ -101,6 +103,8 @@ async def run(plan: Plan, tell: Tell) -> Run:
                 await _run_t1(plan, stand, done, tell)
             if Tier.T2 in tiers:
                 await _run_t2(plan, stand, done, tell)
+    if Tier.T3 in plan.tiers:
+        done.verdicts += await knowledge.run(plan.sources, plan.only, plan.seed, plan.patience, tell)
     return done
 
 
@@ -109,7 +113,7 @@ async def run(plan: Plan, tell: Tell) -> Run:
 
 async def _run_t0(plan: Plan, done: Run, tell: Tell) -> None:
     with tempfile.TemporaryDirectory(prefix="picker-check-") as folder:
-        papers = Papers(read(plan.files or _own_files(Path(folder))))
+        papers = Papers(read(plan.files or _own_files(Path(folder))), binary=plan.binary)
         done.verdicts += await runner.run(runner.chosen(registry.T0, plan.only), papers, papers.trace, tell=tell)
 
 

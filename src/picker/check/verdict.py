@@ -15,11 +15,12 @@ S = TypeVar("S")
 
 
 class Tier(enum.Enum):
-    """What a check needs: files; an endpoint picker's gRPC port; a real Envoy around that picker."""
+    """What a check needs: files; an endpoint picker's gRPC port; a real Envoy around it; engines, or an admin port."""
 
     T0 = "T0"
     T1 = "T1"
     T2 = "T2"
+    T3 = "T3"
 
 
 class Level(enum.Enum):

@@ -21,6 +21,7 @@ Json = dict[str, Any]
 Try = Callable[[Papers], Awaitable[Finding]]
 
 _DUPLEX = "FULL_DUPLEX_STREAMED"
+_UPSTREAM = "upstream.address"
 _LONGEST_IDLE = 3_600.0
 _LONGEST_CONNECT = 5.0
 
@@ -82,13 +83,13 @@ async def valid(papers: Papers) -> Finding:
     if not found:
         return skipped("no Envoy configuration among the files")
     try:
-        envoy.find_envoy()
+        binary = papers.binary or envoy.find_envoy()
     except ConfigError as error:
         return skipped(str(error))
     for paper in found:
         papers.trace.send(f"envoy --mode validate {paper.name}")
         try:
-            await asyncio.to_thread(envoy.validate, paper.value)
+            await asyncio.to_thread(envoy.validate, paper.value, binary=binary)
         except ConfigError as error:
             return failed(f"{paper.name}: {error}")
     return passed()
@@ -120,6 +121,16 @@ def metadata(config: Json) -> str | None:
             return f"{LB_NAMESPACE} is not received: the picker's metadata is dropped without a word"
         if missing := {LB_NAMESPACE, SUBSET_NAMESPACE} - set(forwarding):
             return f"{', '.join(sorted(missing))} is not forwarded to the picker"
+    return None
+
+
+def told_who_served(config: Json) -> str | None:
+    """Where responses go through the picker; elsewhere an access log tells."""
+    by_policy = any(True for _ in within(_clusters(config), "selected_host_key"))
+    for one in _filters(config):
+        follows = one.get("processing_mode", {}).get("response_header_mode") != "SKIP"
+        if follows and not by_policy and _UPSTREAM not in one.get("response_attributes", ()):
+            return f"neither response_attributes {_UPSTREAM} nor a policy's selected_host_key tells it who answered"
     return None
 
 
@@ -204,6 +215,13 @@ CHECKS: Sequence[Check[Papers]] = (
     _check("1.picker", "It has an ext-proc filter, whose cluster is there.", _each(has_picker)),
     _check("2.modes", "Requests, and responses unless skipped, are full-duplex streamed with trailers.", _each(modes)),
     _check("3.metadata", "The picker's metadata is taken, the gateway's is handed over.", _each(metadata)),
+    _check(
+        "3.served",
+        "The picker is told who answered.",
+        _each(told_who_served),
+        "clause D3",
+        Level.SHOULD,
+    ),
     _check("4.stripped", "Control headers of clients are removed before routing.", _each(stripped), "header spoofing"),
     _check("5.idle", "An idle timer ends what a picker that hangs holds up.", _each(idle)),
     _check("6.header", "No cluster goes where a header says.", _each(by_header), "SSRF"),

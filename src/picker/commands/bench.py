@@ -14,7 +14,7 @@ from rich.table import Table
 from picker.bench import machine
 from picker.bench.cases import CHUNKS, PROMPT_BYTES
 from picker.commands.options import run
-from picker.config import EPP_MODES
+from picker.config import EPP_MODES, MOST_WORKERS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,13 +59,21 @@ def pick(repeats: int, seed: int, as_json: bool) -> None:
 def events(as_json: bool, **settings: Any) -> None:
     """KV events into the index of exact prefixes, and prompts matched with it, by number of endpoints.
 
-    events_per_s: blocks stored or removed in a second of CPU time, from the bytes of a batch on; decode, spell,
-    index: the shares of one. bytes_per_block: for a block of an endpoint, where no two hold the same; shared: where
-    all hold all. match: walk and count for prompts of 32 and 400 KB. dict: the same with a plain dict of sets.
+    All in CPU time. events_per_s: blocks stored or removed in a second, from the bytes of a batch on, of engines that
+    compute prompts beside answers; prefill: long prompts alone; generated: answers alone, which are told of block by
+    block. judge: what a generated block takes a thread on top of that. bytes_per_block: for a block of an endpoint,
+    where no two hold the same; shared: where all hold all. match: walk and count for prompts of 32 and 400 KB. dict:
+    the same with a plain dict of sets. exact: a chat request of 32 and 400 KB from its body on; read: of that, up to
+    the walk; tokens: with `--exact-by tokens`, which tokenises it.
     """
-    from picker.bench.events import COLUMNS, rows
+    from picker.bench.events import TABLES, rows
 
-    show("events", rows(**settings, progress=_progress), as_json=as_json, columns=COLUMNS)
+    found = list(rows(**settings, progress=_progress, warn=_warn))
+    if as_json:
+        show("events", found, as_json=True)
+        return
+    for heading, columns in TABLES.items():
+        show(f"events · {heading}", found, as_json=False, columns=("endpoints", *columns))
 
 
 def _gateway_options(command: F) -> F:
@@ -122,6 +130,14 @@ def _gateway_options(command: F) -> F:
     show_default=True,
     help="What goes through picker: responses, too, or requests alone; repeat for several.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MOST_WORKERS),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Of picker (`picker epp --workers`); from 2 on, with the CPU time of the decider and of the workers.",
+)
 @_gateway_options
 def extproc(as_json: bool, **settings: Any) -> None:
     """picker behind a real Envoy, against the same Envoy without it.
@@ -130,9 +146,10 @@ def extproc(as_json: bool, **settings: Any) -> None:
     apart, at a modest rate, up to the first byte of the answer (added_chunk: for one chunk on its way back). Few long
     streams fit into a window: with less than a hundred latency_requests, the p99 is hardly more than the slowest.
     """
-    from picker.bench.extproc import COLUMNS, rows
+    from picker.bench.extproc import COLUMNS, WORKER_COLUMNS, rows
 
-    show("extproc", _finish(rows(**settings, progress=_progress)), as_json=as_json, columns=COLUMNS)
+    columns = COLUMNS + WORKER_COLUMNS if settings["workers"] > 1 else COLUMNS
+    show("extproc", _finish(rows(**settings, progress=_progress)), as_json=as_json, columns=columns)
 
 
 @command.command()
@@ -149,6 +166,39 @@ def proxy(as_json: bool, **settings: Any) -> None:
 
     found = _finish(rows(**settings, progress=_progress, warn=_warn))
     show("proxy", found, as_json=as_json, columns=COLUMNS)
+
+
+@command.command()
+@click.option(
+    "--endpoints",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(100, 1000),
+    show_default=True,
+    metavar="N",
+    help="Endpoints to watch; repeat for several.",
+)
+@click.option(
+    "--interval", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds between scrapes.  [picker's]"
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Length of each measurement.",
+)
+@_json
+def scrape(as_json: bool, **settings: Any) -> None:
+    """picker with nothing to route: the CPU that watching its endpoints takes, and how old what it knows of them is.
+
+    The engines are another process, each with a port and a page as vLLM's. cores: CPU time of the whole picker in a
+    second. age: time since the last good scrape, over all endpoints and moments.
+    """
+    from picker.bench.scrape import COLUMNS, rows
+
+    show("scrape", _finish(rows(**settings, progress=_progress)), as_json=as_json, columns=COLUMNS)
 
 
 def _finish(rows: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:

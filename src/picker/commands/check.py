@@ -13,6 +13,7 @@ from rich.table import Table
 
 from picker.check import registry, report, session
 from picker.check.gateway import Target
+from picker.check.knowledge import Asked
 from picker.check.session import Plan
 from picker.check.verdict import Outcome, Tier, Verdict
 from picker.commands.options import Size, first_error, start_logging
@@ -36,6 +37,15 @@ _TOPOLOGIES = {
 @click.option("--envoy", "with_envoy", is_flag=True, help="A real Envoy around the picker as well (T2).")
 @click.option(
     "--endpoint", "endpoints", multiple=True, metavar="IP:PORT", help="Of the picker's pool; repeat for each."
+)
+@click.option(
+    "--engine", "engines", multiple=True, metavar="URL", help="An engine: do its KV events tell the truth (T3)?"
+)
+@click.option("--admin", metavar="URL", help="A picker's admin port: does it complain of its sources (T3)?")
+@click.option("--kv-events", metavar="URL", help="Where engines publish, if not told: tcp://{host}:5557.")
+@click.option("--kv-replay", metavar="URL", help="Where they replay events, likewise.")
+@click.option(
+    "--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="What picker is given."
 )
 @click.option("--model", default="check", show_default=True, help="The model that requests name.")
 @click.option("--tls/--insecure", default=False, help="How the picker serves.  [default: insecure]")
@@ -66,6 +76,11 @@ def command(
     own: bool,
     with_envoy: bool,
     endpoints: tuple[str, ...],
+    engines: tuple[str, ...],
+    admin: str | None,
+    kv_events: str | None,
+    kv_replay: str | None,
+    tokenizer: Path | None,
     model: str,
     tls: bool,
     ca: Path | None,
@@ -85,7 +100,7 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Check files (T0), an endpoint picker by gRPC (T1) and with a real Envoy around it (T2), item by item.
+    """Check files (T0), an endpoint picker by gRPC (T1) and with a real Envoy around it (T2), and sources (T3).
 
     Exit status 0 when all checks that could be run passed, 1 when one did not, 2 on wrong usage.
 
@@ -94,15 +109,25 @@ def command(
     picker check --epp 127.0.0.1:9002 --endpoint 127.0.0.1:8001 --endpoint 127.0.0.1:8002
     picker check --epp 127.0.0.1:9002 --endpoint 127.0.0.1:8001 --endpoint 127.0.0.1:8002 --envoy
     picker check --files envoy.yaml manifests/ picker.yaml
+    picker check --engine http://127.0.0.1:8001 --tokenizer model/ --admin http://127.0.0.1:9090
     """
     if listing:
         _list(as_json=as_json)
         return
     papers = (*files, *paths)
-    _refuse_nonsense(papers, epp=epp, own=own, with_envoy=with_envoy, only=only)
+    sources = Asked(
+        tuple(_url("--engine", url) for url in engines),
+        None if admin is None else _url("--admin", admin),
+        events=kv_events,
+        replay=kv_replay,
+        tokenizer=tokenizer,
+    )
+    _refuse_nonsense(papers, epp=epp, own=own, with_envoy=with_envoy, sources=sources, only=only)
     start_logging("error")
     plan = Plan(
-        tiers=_tiers(tiers, files=bool(papers), epp=epp is not None, own=own, with_envoy=with_envoy),
+        tiers=_tiers(
+            tiers, files=bool(papers), epp=epp is not None, own=own, with_envoy=with_envoy, sources=bool(sources)
+        ),
         picker=None if epp is None else Target(_address("--epp", epp), tls=tls, ca=ca, name=server_name),
         health=None if health is None else _address("--health", health),
         endpoints=tuple(_address("--endpoint", one) for one in endpoints),
@@ -117,11 +142,13 @@ def command(
         overload=overload,
         max_body=max_body,
         logs=logs,
+        sources=sources,
     )
     if Tier.T2 in plan.tiers:
         session.need_envoy(envoy_binary)
     done = _run(plan)
-    subject = "picker" if own else epp or ", ".join(str(path) for path in papers)
+    named = (*(str(path) for path in papers), *sources.engines, *([] if sources.admin is None else [sources.admin]))
+    subject = "picker" if own else epp or ", ".join(named)
     written = report.document(done.verdicts, subject=subject, envoy=sorted(done.envoy), seed=seed)
     if output is not None:
         report.write(output, done.verdicts, written)
@@ -134,12 +161,14 @@ def command(
 
 
 def _refuse_nonsense(
-    papers: Sequence[Path], *, epp: str | None, own: bool, with_envoy: bool, only: Sequence[str]
+    papers: Sequence[Path], *, epp: str | None, own: bool, with_envoy: bool, sources: Asked, only: Sequence[str]
 ) -> None:
     if epp is not None and own:
         raise click.UsageError("--epp and --self are two pickers; check one at a time")
-    if not (papers or epp or own):
-        raise click.UsageError("nothing to check: give --epp HOST:PORT, --self or --files FILE")
+    if not (papers or epp or own or sources):
+        raise click.UsageError(
+            "nothing to check: give --epp HOST:PORT, --self, --files FILE, --engine URL or --admin URL"
+        )
     if with_envoy and not (epp or own):
         raise click.UsageError("--envoy goes around a picker: give --epp HOST:PORT or --self")
     known = [check.id.lower() for check in registry.ALL]
@@ -148,13 +177,16 @@ def _refuse_nonsense(
             raise click.UsageError(f"--only {word}: there is no such check; --list names them all")
 
 
-def _tiers(asked: Sequence[str], *, files: bool, epp: bool, own: bool, with_envoy: bool) -> frozenset[Tier]:
+def _tiers(
+    asked: Sequence[str], *, files: bool, epp: bool, own: bool, with_envoy: bool, sources: bool
+) -> frozenset[Tier]:
     """What is possible with what was given; of that what was asked for."""
-    possible = {Tier.T0: files or own, Tier.T1: epp or own, Tier.T2: own or with_envoy}
+    possible = {Tier.T0: files or own, Tier.T1: epp or own, Tier.T2: own or with_envoy, Tier.T3: sources}
     wanted = {Tier(word) for word in asked} or {tier for tier, can in possible.items() if can}
     for tier in wanted:
         if not possible[tier]:
             needs = {Tier.T0: "--files", Tier.T1: "--epp or --self", Tier.T2: "--envoy with --epp, or --self"}
+            needs[Tier.T3] = "--engine or --admin"
             raise click.UsageError(f"--tier {tier.value} needs {needs[tier]}")
     return frozenset(wanted)
 
@@ -164,6 +196,13 @@ def _address(option: str, text: str) -> str:
     if not host or not port.isdecimal():
         raise ConfigError(f"{option}: {text!r} is not host:port")
     return text
+
+
+def _url(option: str, text: str) -> str:
+    """With a scheme; plain host:port is http."""
+    url = text if "://" in text else f"http://{text}"
+    _address(option, url.rstrip("/"))
+    return url
 
 
 def _run(plan: Plan) -> session.Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from functools import partial
 from pathlib import Path
@@ -11,23 +10,14 @@ from typing import Any
 import click
 
 from picker import imports
-from picker.app import App, Serve, build_saturation, stopping_on_signals
 from picker.commands.epp_flags import configured, epp_flags, given_flags, log_level, warnings
+from picker.commands.epp_serving import serve
 from picker.commands.options import Size, routing_config, routing_options, run
-from picker.config import EPP_MODES, Config, from_values
+from picker.config import EPP_MODES, MOST_WORKERS, Config, from_values
 from picker.errors import ConfigError
-from picker.frontends.admin import Admin
-from picker.frontends.als import predicted_seconds
-from picker.frontends.certificates import Certificates
-from picker.frontends.extproc import Bounds, ExtProc, Mode
-from picker.frontends.serving import listen, port_of
 from picker.imports.report import Fate, Imported
-from picker.metrics_compat import CompatMetrics
 
 log = logging.getLogger("picker.epp")
-
-# Seconds that a decision may take beside waiting in the queue, whose own limit answers first.
-_BEYOND_THE_QUEUE = 5.0
 
 
 @click.command(
@@ -58,6 +48,12 @@ _BEYOND_THE_QUEUE = 5.0
 )
 @click.option("--grpc-max-recv-msg-size", type=Size(), metavar="SIZE", help="Of one gRPC message.  [64MiB]")
 @click.option("--drain-delay", type=float, metavar="S", help="Serve on after SIGTERM until gateways know.  [5]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MOST_WORKERS),
+    metavar="N",
+    help="Processes that read requests; from 2 on, one more decides.  [1]",
+)
 @epp_flags
 def command(
     epp_config_file: Path | None,
@@ -75,6 +71,7 @@ def command(
     fallbacks: bool | None,
     grpc_max_recv_msg_size: int | None,
     drain_delay: float | None,
+    workers: int | None,
     **routing: Any,
 ) -> None:
     """Envoy ext-proc service: the endpoint picker behind a Gateway API Inference Extension gateway or a bare Envoy."""
@@ -95,6 +92,7 @@ def command(
             "epp.fallbacks": fallbacks,
             "epp.max_message_bytes": grpc_max_recv_msg_size,
             "epp.drain_delay_s": drain_delay,
+            "epp.workers": workers,
             "admin.host": metrics_host,
             "admin.port": metrics_port,
         },
@@ -103,7 +101,12 @@ def command(
     )
     for warning in warnings(given):
         log.warning("%s", warning)
-    run(serve(config))
+    if config.epp.workers > 1:
+        from picker.commands.epp_workers import serve_with_workers
+
+        run(serve_with_workers(config))
+    else:
+        run(serve(config))
 
 
 def one_file(config: Path | None, config_file: Path | None, text: str | None) -> Path | None:
@@ -149,94 +152,3 @@ def _tell(imported: Imported) -> None:
     for line in imported.troubles:
         write = log.warning if line.fate is Fate.MISSING else log.info
         write("imported configuration, %s: %s: %s", line.fate.value, line.where, line.says)
-
-
-async def serve(config: Config) -> None:
-    app = App(config)
-    epp, certificates = build(app), _certificates(config)
-    stop, leaving = asyncio.Event(), asyncio.Event()
-
-    async def ext_proc(stop: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as group:
-            leave = group.create_task(_leave_on(leaving, stop, epp, config.epp.drain_delay_s))
-            follow = group.create_task(_follow(certificates))
-            await epp.serve(
-                config.epp.host,
-                config.epp.grpc_port,
-                health_port=config.epp.grpc_health_port,
-                tls=None if certificates is None else certificates.context,
-                grace=config.drain_timeout_s,
-                ready=partial(_announce, config),
-            )
-            leave.cancel()
-            follow.cancel()
-
-    frontends: list[Serve] = [ext_proc]
-    if config.admin.port is not None:
-        admin, socket = Admin(app.runtime, token=config.admin.token), listen(config.admin.host, config.admin.port)
-        frontends.append(lambda stop: admin.serve(socket, stop))
-        click.echo(f"metrics, health and debug on http://{config.admin.host}:{port_of(socket)}", err=True)
-    with stopping_on_signals(leaving):
-        await app.run(frontends, stop)
-
-
-def build(app: App) -> ExtProc:
-    """The ext-proc service that the app's configuration describes."""
-    config = app.config
-    decision = config.queue.timeout_s + _BEYOND_THE_QUEUE
-    epp = ExtProc(
-        app.runtime,
-        mode=Mode(config.epp.mode),
-        predict=partial(predicted_seconds, app.runtime.scheduler),
-        fallbacks=config.epp.fallbacks,
-        bounds=Bounds(config.epp.request_timeout_s, decision, config.epp.idle_timeout_s),
-        max_message_bytes=config.epp.max_message_bytes,
-    )
-    if config.epp.metrics_compat:
-        _add_compat(app)
-    app.telemetry.gauge("picker_extproc_streams", "Open ext-proc streams.", lambda: epp.open_streams)
-    if (feedback := epp.feedback) is not None:
-        unheard = "Requests routed in lean mode whose end nobody has told yet."
-        app.telemetry.gauge("picker_unheard_requests", unheard, lambda: len(feedback))
-    return epp
-
-
-def _add_compat(app: App) -> None:
-    """The endpoint picker's metrics beside ours."""
-    config, runtime = app.config, app.runtime
-    compat = CompatMetrics(
-        runtime.scheduler,
-        runtime.clock,
-        pool=config.epp.pool_name,
-        namespace=config.epp.pool_namespace,
-        detector=build_saturation(config),
-    )
-    app.telemetry.watch(compat)
-    app.telemetry.registry.register(compat)
-
-
-def _announce(config: Config, port: int, health: int | None) -> None:
-    click.echo(f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True)
-
-
-async def _leave_on(leaving: asyncio.Event, stop: asyncio.Event, epp: ExtProc, delay: float) -> None:
-    """Told to go: nobody is refused before gateways have had time to notice."""
-    await leaving.wait()
-    await epp.part(delay)
-    stop.set()
-    epp.shutdown()
-
-
-def _certificates(config: Config) -> Certificates | None:
-    if not config.epp.secure_serving:
-        return None
-    return Certificates(_path(config.epp.cert_path), client_ca=_path(config.epp.client_ca_path))
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
-async def _follow(certificates: Certificates | None) -> None:
-    if certificates is not None:
-        await certificates.follow()

@@ -48,6 +48,12 @@ FLAGS = (
     Flag("--pool-namespace", key="epp.pool_namespace"),
     Flag("--refresh-metrics-interval", key="scrape.interval_s"),
     Flag("--drain-timeout", key="drain_timeout_s"),
+    Flag(
+        "--tls-min-version",
+        key="epp.tls_min_version",
+        why="TLS 1.2 is the least",
+        fine=("", "versiontls12", "versiontls13", "1.2", "1.3"),
+    ),
     # do what picker does anyway
     Flag("--allow-experimental-plugins", _SWITCH, fine=("true", "false")),
     Flag("--enable-cert-reload", _SWITCH, "certificates are always followed as they change", fine=("true",)),
@@ -67,7 +73,6 @@ FLAGS = (
     Flag("--metrics-client-ca-file", why="metrics are served without TLS"),
     Flag("--metrics-cert-dir", why="metrics are served without TLS"),
     Flag("--enable-grpc-stream-metrics", _SWITCH, "open streams are picker_extproc_streams", fine=("false",)),
-    Flag("--tls-min-version", why="TLS 1.2 is the least", fine=("", "versiontls12", "1.2")),
     Flag("--tls-cipher-suites", why="Python's own choice of cipher suites is offered", many=True),
     Flag("--tracing", _SWITCH, "no traces are sent", fine=("false",)),
     Flag("--total-queued-requests-metric", why=_OF_METRICS),
@@ -130,8 +135,19 @@ def configured(given: Mapping[str, str]) -> dict[str, Any]:
     for flag in FLAGS:
         if flag.key and flag.name in given:
             value = given[flag.name]
-            changes[flag.key] = seconds(value, flag.name) if flag.key.endswith("_s") else value
+            if flag.name == "--tls-min-version":
+                changes[flag.key] = _tls_version(flag.name, value)
+            else:
+                changes[flag.key] = seconds(value, flag.name) if flag.key.endswith("_s") else value
     return changes
+
+
+def _tls_version(name: str, text: str) -> str:
+    """As Kubernetes writes it (VersionTLS13), or by its number; older ones than ours become ours."""
+    number = text.lower().removeprefix("versiontls").replace(".", "")
+    if number not in ("", "10", "11", "12", "13"):
+        raise ConfigError(f"{name}: {text!r} is not VersionTLS12 or VersionTLS13")
+    return "1.3" if number == "13" else "1.2"
 
 
 def warnings(given: Mapping[str, str]) -> Iterator[str]:

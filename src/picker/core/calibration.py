@@ -40,6 +40,16 @@ class Record:
     def right(self) -> int:
         return self.predictions - self.over - self.under
 
+    @property
+    def unwitnessed(self) -> str | None:
+        """Why nobody can tell whether predictions come true, in plain words; None where somebody can."""
+        if self.predictions or self.queries is not None or self.told < _WRONG:
+            return None
+        return (
+            "predictions are compared with nothing: its answers do not tell cached_tokens "
+            "(--enable-prompt-tokens-details) and its metrics show no prefix-cache counters; were they renamed?"
+        )
+
 
 class Calibration:
     """Compares predictions with reports. doubted: (rows,) whose predictions keep failing."""

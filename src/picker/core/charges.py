@@ -22,6 +22,7 @@ class Charge:
     held: what of the KV cache the prompt takes. adapter: the LoRA adapter it needs.
     told: between how many tokens of the prompt KV events let expect to be cached, None where they do not say.
     expected_at: when the prefill is taken as done although nothing will tell; set for requests that do not stream.
+    others: names of the endpoints to be tried after this one, in order. sure: whoever answers, it is this one.
     """
 
     request: Request
@@ -40,6 +41,8 @@ class Charge:
     held: Hold = NOTHING
     adapter: str | None = None
     told: tuple[float, float] | None = None
+    others: tuple[str, ...] = ()
+    sure: bool = False
 
 
 class Charges:

@@ -28,11 +28,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from picker.core.cost_few import CERTAIN, LOGISTIC
 from picker.core.view import PoolView
 from picker.types import FloatArray, Int64Array, Request
-
-_LOGISTIC = 1.702  # makes a logistic curve of a normal one
-_CERTAIN = 15.0  # standard deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +122,8 @@ class CostModel:
         held = view.pinned + inflight * (answer / 2.0)
         room = np.maximum(0.0, held + prompt - capacity) / np.maximum(held, 1.0) * decode
         filled = np.maximum(held + prompt + answer, 1.0)
-        spare = np.minimum((capacity - filled) * np.sqrt(inflight + 1.0) / filled, _CERTAIN)
-        full = 1.0 / (1.0 + np.exp(_LOGISTIC * np.maximum(spare, -_CERTAIN)))
+        spare = np.minimum((capacity - filled) * np.sqrt(inflight + 1.0) / filled, CERTAIN)
+        full = 1.0 / (1.0 + np.exp(LOGISTIC * np.maximum(spare, -CERTAIN)))
         return room, (prompt + answer) / capacity * holding * holding * full
 
 

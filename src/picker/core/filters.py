@@ -15,17 +15,23 @@ _BENEFIT_S = 10.0
 def candidates(pool: Pool, request: Request, now: float) -> BoolArray | Rejection:
     """(rows,) which may take this request, or why none may.
 
-    Ejected endpoints count only when nobody else is left: then trying one is better than refusing all.
+    Ejected endpoints count one at a time when fewer than half are left, and all of them when nobody is: then trying one
+    is better than refusing all.
     """
     if request.model and len(pool) and not pool.has_model(request.model):
         return unknown_model(pool, request)
-    living = alive(pool, now) & pool.serving(request.model)
+    serving = pool.serving(request.model)
+    living = alive(pool, now) & serving
     wanted = living & asked_for(pool, request)
     rested = wanted & (pool.ejected_until <= now)
-    if np.count_nonzero(rested):
-        return rested
+    if left := np.count_nonzero(rested):
+        few = 2 * left < np.count_nonzero(wanted)
+        return rested | (wanted & (pool.probe_at <= now)) if few else rested
     if not living.any():
-        return nobody(pool, request)
+        living = vouched_for(pool, now) & serving
+        if not living.any():
+            return nobody(pool, request)
+        wanted = living & asked_for(pool, request)
     if wanted.any():
         return wanted
     message = "No endpoint of the pool is within the given subset, role and attempts."
@@ -50,6 +56,11 @@ def alive(pool: Pool, now: float) -> BoolArray:
     """
     answering = pool.healthy | (pool.succeeded_at > now - _BENEFIT_S)
     return pool.present & answering & ~pool.draining
+
+
+def vouched_for(pool: Pool, now: float) -> BoolArray:
+    """Present, not draining, and perhaps answering: somebody does, and the data plane does not say who."""
+    return pool.present & (pool.vouched_at > now - _BENEFIT_S) & ~pool.draining
 
 
 def asked_for(pool: Pool, request: Request) -> BoolArray:

@@ -53,7 +53,8 @@ class _Step:
 class Factors:
     """How fast each row is relative to the pool: 1 is as fast. Small deviations count as noise, not as speed.
 
-    prior: how much of what is expected, in the unit of the samples, the belief that all are alike weighs.
+    prior: how much of what is expected, in the unit of the samples, the belief that all are alike weighs. even: what
+    `value` is, this very array, while nobody stands out.
     """
 
     def __init__(self, rows: int, *, prior: float, dead_band: float, keep: float = 0.98) -> None:
@@ -63,6 +64,8 @@ class Factors:
         self._logs = np.zeros(rows)  # of speed, by row, before they are centred
         self._seen = np.zeros(rows, dtype=bool)
         self._value = np.ones(rows)
+        self._widest = 0.0  # none of the logs is further from zero
+        self.even = self._value
         self._stale = False
 
     def add(self, row: int, *, expected: float, took: float) -> None:
@@ -82,6 +85,7 @@ class Factors:
         self._took += [0.0] * extra
         self._logs = np.concatenate([self._logs, np.zeros(extra)])
         self._seen = np.concatenate([self._seen, np.zeros(extra, dtype=bool)])
+        self.even = np.ones(rows)
         self._stale = True
 
     @property
@@ -94,14 +98,20 @@ class Factors:
     def _note(self, row: int) -> None:
         # Every row's factor follows from this one's, but nobody looks before the next decision.
         self._seen[row] = self._took[row] > 0
-        self._logs[row] = math.log((self._expected[row] + self._prior) / (self._took[row] + self._prior))
+        self._logs[row] = log = math.log((self._expected[row] + self._prior) / (self._took[row] + self._prior))
+        self._widest = max(self._widest, abs(log))
         self._stale = True
 
     def _update(self) -> None:
+        self._stale = False
+        self._value = self.even
+        if 2.0 * self._widest < self._dead_band:  # so is their mean, and nobody is that far from it
+            return
+        self._widest = float(np.abs(self._logs).max())
         logs = self._logs - self._logs.sum() / max(np.count_nonzero(self._seen), 1)
         apart = self._seen & (np.abs(logs) >= self._dead_band)
-        self._value = np.exp(logs, out=np.ones(logs.size), where=apart)
-        self._stale = False
+        if np.count_nonzero(apart):
+            self._value = np.exp(logs, out=np.ones(logs.size), where=apart)
 
 
 class Learned:
@@ -131,7 +141,7 @@ class Learned:
 
     def work(self, uncached: Amount, prompt: float) -> Amount:
         """Seconds of prefill at the pool's mean speed: tokens through the weights, and attention to what is before."""
-        _, token, attention, _ = self.prefill.coefficients.tolist()
+        _, token, attention, _ = self.prefill.costs
         seconds: Amount = uncached * (token + attention * (prompt - uncached / 2.0))
         return seconds
 
@@ -156,14 +166,14 @@ class Learned:
 
     def step(self, decodes: FloatArray | Int64Array, context: FloatArray) -> FloatArray:
         """Seconds of a decode step on an endpoint of factor 1."""
-        fixed, sequence, token = self.decode.coefficients.tolist()
+        fixed, sequence, token = self.decode.costs
         seconds: FloatArray = fixed + sequence * decodes + token * context
         return seconds
 
     @property
     def step_floor(self) -> float:
         """Seconds of a step that does nothing."""
-        return float(self.decode.coefficients[0])
+        return self.decode.costs[0]
 
     def finished(self, row: int, *, seconds: float, tokens: int, decodes: float, context: float) -> None:
         """A stream of `tokens` steps took so many seconds beside the prefills, in company of so many on average."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,20 +39,25 @@ def hold(block_hashes: UInt64Array, block_tokens: float, prompt_tokens: float) -
     if not block_hashes.size:
         return Hold(rest=round(prompt_tokens))
     marks, ends = _marks(block_hashes.size)
-    # A few dozen numbers at most: plain Python is faster than arrays.
-    reached = [int(min(end * block_tokens, prompt_tokens)) for end in ends]
+    if marks is None:  # a handful of numbers, for which plain Python is faster than arrays
+        reached = [int(min(end * block_tokens, prompt_tokens)) for end in ends.tolist()]
+        keys = block_hashes
+    else:
+        reached = np.minimum(ends * block_tokens, prompt_tokens).astype(np.int64).tolist()
+        keys = block_hashes[marks]
     tokens = tuple(map(operator.sub, reached, [0, *reached]))
-    return Hold(tuple(block_hashes[marks].tolist()), tokens, max(0, round(prompt_tokens) - reached[-1]))
+    return Hold(tuple(keys.tolist()), tokens, max(0, round(prompt_tokens) - reached[-1]))
 
 
 @functools.lru_cache(maxsize=4096)
-def _marks(blocks: int) -> tuple[Int64Array, tuple[int, ...]]:
-    """Positions within so many blocks, later ones further and further apart; and the blocks up to each."""
+def _marks(blocks: int) -> tuple[Int64Array | None, Int64Array]:
+    """Positions within so many blocks, ever further apart, None for all of them; and the blocks up to each."""
     marks, at = [], 0
     while at < blocks:
         marks.append(at)
         at += 1 + at // MARKS
-    return np.array(marks, dtype=np.int64), tuple(mark + 1 for mark in marks)
+    positions = None if len(marks) == blocks else np.array(marks, dtype=np.int64)
+    return positions, np.array(marks, dtype=np.int64) + 1
 
 
 class Pins:
@@ -69,16 +75,24 @@ class Pins:
     def shared(self, wanted: Hold, rows: int) -> FloatArray:
         """(rows,) leading tokens of a prompt that requests in flight hold there already."""
         found = np.zeros(rows)
-        holders, tokens = -1, 0
+        for row, tokens in self.shared_by(wanted, -1):
+            found[row] = tokens
+        return found
+
+    def shared_by(self, wanted: Hold, rows: int) -> Iterable[tuple[int, int]]:
+        """(row, the same) of those of these rows, as bits, that hold any; minus one: of all."""
+        holders, tokens, found = rows, 0, []
         for key, size in zip(wanted.keys, wanted.tokens, strict=True):
             still = self._rows.get(key, 0) & holders
             if still != holders:
-                _add(found, holders, tokens)
-                holders, tokens = still, 0
+                if tokens:
+                    found += [(row, tokens) for row in _members(holders ^ still)]
+                holders = still
                 if not still:
                     return found
             tokens += size
-        _add(found, holders, tokens)
+        if tokens:
+            found += [(row, tokens) for row in _members(holders)]
         return found
 
     def take(self, row: int, held: Hold) -> int:
@@ -119,9 +133,9 @@ class Pins:
                 del self._rows[key]
 
 
-def _add(found: FloatArray, rows: int, tokens: int) -> None:
-    """Add to every row whose bit is set; minus one, all of them, stands for nothing asked yet."""
-    while rows > 0 and tokens:
+def _members(rows: int) -> Iterator[int]:
+    """The numbers of the bits that are set."""
+    while rows > 0:
         lowest = rows & -rows
-        found[lowest.bit_length() - 1] += tokens
+        yield lowest.bit_length() - 1
         rows ^= lowest

@@ -57,15 +57,31 @@ COLUMNS: dict[str, bool | int | float] = {
     # learned
     "failures": 0,  # consecutive
     "succeeded_at": -np.inf,  # the latest good answer; a fault since then takes it back
+    "vouched_at": -np.inf,  # the same of answers that may have been a fallback's
     "ejected_until": -np.inf,
+    "probe_at": -np.inf,  # when an ejected one may be tried all the same, if few others are left
+    "rests": 0,  # consecutive
+    "unreachable": False,  # the latest scrape failed
     "busy_since": -np.inf,  # when prefilling last became non-zero
     "awaited": 0,  # of the work, what was there when the present silence began
     "progress_at": -np.inf,  # when a first token came last
 }
+# What every decision looks at lies together, so that it can be taken in one piece (`Pool.counts`, `Pool.measures`).
+COUNTS = ("inflight", "prefilling", "work", "backlog", "decoding", "awaited", "pinned")
+MEASURES = ("busy_since", "progress_at", "waiting", "kv_capacity")
+STANDING = ("present", "healthy", "draining")
 
 
 class Pool:
-    """The table of endpoints. Arrays are (rows,) and grow by doubling; `names` is replaced, not written, on change."""
+    """The table of endpoints. Arrays are (rows,) and grow by doubling; `names` is replaced, not written, on change.
+
+    counts, measures, standing: (columns, rows), made of the columns named in `COUNTS`, `MEASURES` and `STANDING`.
+    models_changed: how often who serves which model, or plays which role, may have changed.
+    """
+
+    counts: Int64Array
+    measures: FloatArray
+    standing: BoolArray
 
     present: BoolArray
     healthy: BoolArray
@@ -100,13 +116,18 @@ class Pool:
     last_pick: Int64Array
     failures: Int64Array
     succeeded_at: FloatArray
+    vouched_at: FloatArray
     ejected_until: FloatArray
+    probe_at: FloatArray
+    rests: Int64Array
+    unreachable: BoolArray
     busy_since: FloatArray
     awaited: Int64Array
     progress_at: FloatArray
 
     def __init__(self, rows: int = 64) -> None:
         self.rows = rows
+        self.models_changed = 0
         self.endpoints: list[Endpoint | None] = [None] * rows
         self.names: NDArray[np.object_] = np.full(rows, "", dtype=object)
         self._by_name: dict[str, int] = {}
@@ -115,8 +136,7 @@ class Pool:
         self._serves_any = np.zeros(rows, dtype=bool)
         self._adapters: dict[str, BoolArray] = {}
         self._can = {role: np.zeros(rows, dtype=bool) for role in Role}
-        for name, default in COLUMNS.items():
-            setattr(self, name, np.full(rows, default))
+        self._lay_out(rows)
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -271,10 +291,10 @@ class Pool:
 
     def _grow(self) -> None:
         old, self.rows = self.rows, self.rows * 2
-        for name, default in COLUMNS.items():
-            column = np.full(self.rows, default)
-            column[:old] = getattr(self, name)
-            setattr(self, name, column)
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        self._lay_out(self.rows)
+        for name, column in columns.items():
+            getattr(self, name)[:old] = column
         names = np.full(self.rows, "", dtype=object)
         names[:old] = self.names
         self.names = names
@@ -284,7 +304,18 @@ class Pool:
         self._can = {role: _widened(mask, self.rows) for role, mask in self._can.items()}
         self._serves_any = _widened(self._serves_any, self.rows)
 
+    def _lay_out(self, rows: int) -> None:
+        """Make the columns, as free rows have them."""
+        for name, default in COLUMNS.items():
+            setattr(self, name, np.full(rows, default))
+        for table, names in (("counts", COUNTS), ("measures", MEASURES), ("standing", STANDING)):
+            together = np.array([getattr(self, name) for name in names])
+            setattr(self, table, together)
+            for name, column in zip(names, together, strict=True):
+                setattr(self, name, column)
+
     def _forget_models(self, row: int) -> None:
+        self.models_changed += 1
         self._serves_any[row] = False
         for model, rows in list(self._serves.items()):
             rows[row] = False

@@ -26,6 +26,7 @@ from picker.core.candidates import (
     session_candidate,
 )
 from picker.core.cost import CostModel
+from picker.core.cost_few import rank_few, suits
 from picker.core.view import PoolView
 from picker.types import BoolArray, FloatArray, Int64Array, Request, ScoreArray
 
@@ -122,6 +123,8 @@ class Cost:
     model: CostModel = field(default_factory=CostModel)
 
     def rank(self, view: PoolView, request: Request) -> tuple[FloatArray, Parts]:
+        if suits(view):
+            return rank_few(self.model, view)
         terms = self.model.terms(view, request)
         total = np.zeros(view.n)
         for term in terms.values():

@@ -42,21 +42,32 @@ class Regression:
     prior: the coefficients before anything was seen. scales: the size of each feature in a typical sample; with them,
     the prior weighs as much as `prior_samples` samples. Coefficients are costs and never negative: one that would be is
     left out and the others fitted again. Samples far off (a hang, a retry) are left out of a second fit.
-    Targets must not be negative.
+    Targets must not be negative. costs: the coefficients as plain numbers.
     """
 
     def __init__(self, prior: FloatArray, scales: FloatArray, *, prior_samples: float = 4.0, ring: int = 256) -> None:
-        self.coefficients: FloatArray = prior.copy()
+        self.coefficients = prior.copy()
         self.count = 0
         self._prior = prior
+        self._expected: list[float] = prior.tolist()
         self._scales = scales
         self._ridge = prior_samples
         self._ring = ring
         self._sizes: dict[int, _Ring] = {}
 
+    @property
+    def coefficients(self) -> FloatArray:
+        """Replaced, not written, on change."""
+        return self._coefficients
+
+    @coefficients.setter
+    def coefficients(self, coefficients: FloatArray) -> None:
+        self._coefficients = coefficients
+        self.costs: list[float] = coefficients.tolist()
+
     def add(self, features: Sequence[float], target: float) -> None:
         """Take a sample in; now and then, fit anew."""
-        expected = sum(map(operator.mul, features, self._prior.tolist()))
+        expected = sum(map(operator.mul, features, self._expected))
         size = math.frexp(expected)[1]
         ring = self._sizes.get(size)
         if ring is None:
@@ -67,7 +78,7 @@ class Regression:
             self._fit()
 
     def __call__(self, features: Sequence[float]) -> float:
-        seconds: float = sum(map(operator.mul, features, self.coefficients.tolist()))
+        seconds: float = sum(map(operator.mul, features, self.costs))
         return seconds
 
     def _fit(self) -> None:

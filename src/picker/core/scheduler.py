@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from picker.core import filters
+from picker.core import filters, flow
 from picker.core.calibration import Calibration
 from picker.core.charges import Charge, Charges
+from picker.core.cost_few import FEW
 from picker.core.estimate import Ratio
+from picker.core.faults import Faults
 from picker.core.flow import FlowQueue
 from picker.core.learned import SAME_STEP_S, FirstTokenSample, Learned
 from picker.core.pick import Picker, max_score
@@ -25,7 +28,8 @@ from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
 from picker.core.saturation import Detector
 from picker.core.snapshot import EndpointState, endpoint_state
-from picker.core.view import PoolView, place
+from picker.core.usual import Usual
+from picker.core.view import Handful, Numbers, PoolView, place
 from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.exact import Exact, Known
 from picker.types import (
@@ -95,8 +99,7 @@ _RETRY_AFTER_S = 1.0
 _NOTICES = 100
 
 
-@dataclass(frozen=True, slots=True)
-class _Sight:
+class _Sight(NamedTuple):
     """What one decision is made of. guessed: (n,) leading blocks that the approximate index believes cached.
 
     held: what the request will hold where it goes. known: what KV events tell of its prompt.
@@ -104,7 +107,7 @@ class _Sight:
 
     view: PoolView
     held: Hold
-    guessed: FloatArray
+    guessed: Numbers
     known: Known | None
 
 
@@ -123,12 +126,20 @@ class Scheduler:
         self.settings = settings
         self._saturation = saturation
         self.pool = Pool()
+        self._usual = Usual()
+        self._handful = Handful(np.empty(0, dtype=np.int64))
         self.index = index
         self.exact = exact
         self.calibration = Calibration(self.pool.rows)
         self.notices: deque[str] = deque(maxlen=_NOTICES)
         self.queue = FlowQueue(settings.queue_size)
         self.charges = Charges(self.pool)
+        self.faults = Faults(
+            self.pool,
+            eject_after=settings.eject_after,
+            eject_s=settings.eject_s,
+            eject_max_s=settings.eject_max_s,
+        )
         self._profile: Profile = profile or Cost()
         self._picker = picker
         self._rng = np.random.default_rng(settings.seed)
@@ -156,21 +167,24 @@ class Scheduler:
         it has become a decision, or when its client leaves before.
         """
         self.charges.expire_silent(now)
-        candidates = filters.candidates(self.pool, request, now)
+        found = self._usual.find(self.pool, request)
+        candidates = filters.candidates(self.pool, request, now) if found is None else found[0]
         if isinstance(candidates, Rejection):
             return candidates
+        if found is None:
+            self._usual.note(self.pool, request, candidates, now)
         if request.priority < 0 and self._saturated(request, candidates, now):
             message = "The endpoints are saturated, and this request may be dropped."
             return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         open_to = candidates if free is None else candidates & free
-        rows = open_to.nonzero()[0]
-        if rows.size and not self._must_wait_behind(request, open_to, now):
+        rows = open_to.nonzero()[0] if found is None or free is not None else found[1]
+        if rows.size and not (len(self.queue) and self._must_wait_behind(request, open_to, now)):
             return self._decide(request, rows, now, reading)
         if self.queue.full:
             message = "The endpoints are saturated and the queue is full."
             return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
-        self.queue.add(request)
+        self.queue.add(flow.with_own_deadline(request))
         return Queued(request.id)
 
     def apply(self, fact: Fact, now: float) -> None:
@@ -185,17 +199,17 @@ class Scheduler:
             case Failed(request_id, reason):
                 self._failed(request_id, reason, now)
             case LoadObserved():
-                self._load(fact)
+                self._load(fact, now)
             case EndpointAdded(endpoint):
                 self._added(endpoint, now)
             case EndpointRemoved(name):
                 self._removed(name)
-            case ScrapeFailed():
-                pass  # Old values stay and age; see `PoolView.age`.
+            case ScrapeFailed(name):
+                self._unseen(name)
             case BlocksStored() | BlocksRemoved() | EventsChanged():
                 self._told(fact)
             case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
-                self._about_endpoint(fact)
+                self._about_endpoint(fact, now)
 
     def poll(self, now: float) -> list[Decision | Rejection]:
         """What the queue lets go: decisions for whom there is room, rejections for whom it is too late."""
@@ -209,9 +223,9 @@ class Scheduler:
             outcome = self._retry(request, now)
             if outcome is None:
                 barred.add(_wish(request))
-            else:
-                self.queue.remove(request.id)
-                outcomes.append(outcome)
+                continue
+            (self.queue.serve if isinstance(outcome, Decision) else self.queue.remove)(request.id)
+            outcomes.append(outcome)
         return outcomes
 
     def next_wakeup(self) -> float | None:
@@ -219,14 +233,18 @@ class Scheduler:
         if not len(self.queue):
             return None
         deadline = self.queue.next_deadline()
-        rested = self.pool.ejected_until[self.pool.present]
-        instants = rested[rested > self._polled_at].tolist() + ([] if deadline is None else [deadline])
+        pool, after = self.pool, self._polled_at
+        resting = pool.present & (pool.ejected_until > after)
+        instants = [] if deadline is None else [deadline]
+        for column in (pool.ejected_until, pool.probe_at):
+            instants += column[resting & (column > after)].tolist()
         return min(instants, default=None)
 
     @property
     def headers(self) -> frozenset[str]:
-        """Names of the request headers that its policy asks for, in lower case."""
-        return frozenset(getattr(self._profile, "headers", ()))
+        """Names of the request headers that its policy and its queue ask for, in lower case."""
+        asked_for = frozenset(getattr(self._profile, "headers", ()))
+        return asked_for if self.settings.max_inflight is None else asked_for | flow.HEADERS
 
     def is_adapter(self, model: str) -> bool:
         """Whether an engine has said that this is a LoRA adapter."""
@@ -306,15 +324,16 @@ class Scheduler:
             message = "No endpoint passes the filters of this request's profile."
             return Rejection(request.id, RejectReason.NO_MATCH, 429, message, _RETRY_AFTER_S)
         best = order[0]
-        self._book(request, sight, best, now)
+        matched, uncached, _ = view.candidate(best)
         endpoint, *fallbacks = [self.pool.endpoint(rows.item(index)) for index in order]
+        self._book(request, sight, best, now, tuple([each.name for each in fallbacks]))
         return Decision(
             request_id=request.id,
             endpoint=endpoint,
             fallbacks=tuple(fallbacks),
-            matched_blocks=int(view.matched_blocks[best]),
+            matched_blocks=int(matched),
             total_blocks=view.total_blocks,
-            matched_tokens=view.prompt_tokens - view.uncached.item(best),
+            matched_tokens=view.prompt_tokens - uncached,
             prompt_tokens=view.prompt_tokens,
             waited=now - request.arrived_at,
             ranking=Ranking(self.pool.names, rows, total, parts),
@@ -322,6 +341,8 @@ class Scheduler:
 
     def _look(self, request: Request, rows: Int64Array, now: float, reading: Reading | None) -> _Sight:
         """Everything that the decision depends on."""
+        if rows.size <= FEW and self.exact is None:
+            return self._look_at_few(request, rows, now)
         pick = place(rows)
         guessed = matched = self.index.match(request.block_hashes)[pick].astype(np.float64)
         tokens, per_byte = self._tokens(request)
@@ -352,6 +373,39 @@ class Scheduler:
         )
         return _Sight(view, held, guessed, known)
 
+    def _look_at_few(self, request: Request, rows: Int64Array, now: float) -> _Sight:
+        """The same of a handful of candidates, in plain numbers."""
+        tokens, per_byte = self._tokens(request)
+        block, most = self.settings.block_bytes * per_byte, max(request.prompt_bytes * per_byte - 1.0, 0.0)
+        held = hold(request.block_hashes, block, tokens)
+        if self._handful.rows is not rows:
+            self._handful = Handful(rows)
+        places, wanted = self._handful.places, self._handful.bits
+        n = len(places)
+        guessed, uncached, shared = [0.0] * n, [tokens] * n, [0.0] * n
+        for row, blocks in self.index.match_few(request.block_hashes, wanted):
+            guessed[places[row]] = float(blocks)
+            cached = min(blocks * block * self.index.trust.item(row), most)
+            uncached[places[row]] = tokens - min(cached, tokens)
+        for row, pinned in self.charges.pins.shared_by(held, wanted):
+            shared[places[row]] = float(pinned)
+        view = PoolView(
+            self.pool,
+            rows,
+            now,
+            pick=self._handful.pick,
+            matched_blocks=guessed,
+            total_blocks=request.block_hashes.size,
+            prompt_tokens=tokens,
+            uncached=uncached,
+            learned=self.learned,
+            session_row=self._session_row(request),
+            model=request.model,
+            adapters=self.charges.adapters,
+            shared=shared,
+        )
+        return _Sight(view, held, guessed, None)
+
     def _corrected(self, cached: FloatArray, known: Known, pick: slice | Int64Array, shared: FloatArray) -> FloatArray:
         """(n,) cached tokens: as told where a stream is whole, at least as told where it is not, else as estimated.
 
@@ -371,10 +425,10 @@ class Scheduler:
             return request.prompt_bytes * learned + extra, learned
         return request.prompt_tokens + extra, request.prompt_tokens / max(request.prompt_bytes, 1)
 
-    def _book(self, request: Request, sight: _Sight, best: int, now: float) -> None:
+    def _book(self, request: Request, sight: _Sight, best: int, now: float, others: tuple[str, ...]) -> None:
         pool, view, known = self.pool, sight.view, sight.known
         row = view.rows.item(best)
-        uncached = view.uncached.item(best)
+        _, uncached, shared = view.candidate(best)
         work = self.learned.work(uncached, view.prompt_tokens)
         speed = self.learned.prefill_speed.value.item(row)
         charge = Charge(
@@ -389,12 +443,15 @@ class Scheduler:
             was_idle=not pool.inflight.item(row),
             held=sight.held,
             adapter=self.charges.adapters.of(request.model),
-            told=None if known is None else self._expected(row, known, view.shared.item(best)),
+            told=None if known is None else self._expected(row, known, shared),
+            others=others,
+            sure=not others,
         )
         self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
         self.learned.booked(work / speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
         self._decisions += 1
         pool.last_pick[row] = self._decisions
+        self.faults.tried(row, now)
         # Learned at booking: the next request of the same group, a moment later, must already find it.
         self.index.store(row, request.block_hashes)
         self._remember_session(request, row)
@@ -412,7 +469,7 @@ class Scheduler:
         """
         if not known.whole[row]:
             return None
-        least, block = known.tokens.item(row), float(self.pool.block_size[row])
+        least, block = known.cached.item(row), float(self.pool.block_size[row])
         slack = shared * (1.0 + 1.0 / MARKS) + (_BLOCK_TOKENS if math.isnan(block) else block)
         return least, least if shared <= least else slack
 
@@ -435,13 +492,32 @@ class Scheduler:
     def _response_started(self, fact: ResponseStarted, now: float) -> None:
         """The data plane may have gone to a fallback: the charge follows the request."""
         charge = self.charges.get(fact.request_id)
-        if charge is None or fact.served_by is None:
+        if charge is None:
             return
-        row = self.pool.row_of_address(fact.served_by)
-        if row is None or self._is_at(charge, fact.served_by):
+        if fact.served_by is None:
+            # Somebody has answered, and where nobody can be reached it was not this one.
+            row = None if charge.sure or self._answering(charge, now) else self._next_alive(charge, now)
+        elif self._is_at(charge, fact.served_by):
+            charge.sure = True
             return
-        self._fault(charge, now)
-        self.charges.close(fact.request_id, now)
+        else:
+            row = self.pool.row_of_address(fact.served_by)
+        if row is not None:
+            self._move(charge, row, now, sure=fact.served_by is not None)
+
+    def _answering(self, charge: Charge, now: float) -> bool:
+        return self.charges.stands(charge) and bool(filters.alive(self.pool, now)[charge.row])
+
+    def _next_alive(self, charge: Charge, now: float) -> int | None:
+        """The first of those behind the choice that can be reached."""
+        alive, rows = filters.alive(self.pool, now), map(self.pool.row, charge.others)
+        return next((row for row in rows if row is not None and alive[row]), None)
+
+    def _move(self, charge: Charge, row: int, now: float, *, sure: bool) -> None:
+        """Another endpoint serves the request: those that were to be tried before it have failed."""
+        self._disown(charge, now)
+        self.charges.close(charge.request.id, now)
+        self._fault_others(charge, row, now)
         moved = Charge(
             request=charge.request,
             row=row,
@@ -453,10 +529,31 @@ class Scheduler:
             booked_at=now,
             held=charge.held,
             adapter=charge.adapter,
+            sure=sure,
         )
         self.charges.book(moved, expected_s=charge.work * 1e-9 / float(self.learned.prefill_speed.value[row]))
         self.index.store(row, charge.request.block_hashes)
         self._remember_session(charge.request, row)
+
+    def _fault_others(self, charge: Charge, served: int, now: float) -> None:
+        """Of the fallbacks, those in the order before the one that served; nobody's, where it was not of them."""
+        rows = [self.pool.row(name) for name in charge.others]
+        for row in rows[: rows.index(served)] if served in rows else ():
+            if row is not None:
+                self.faults.failed(row, now)
+
+    def _disown(self, charge: Charge, now: float) -> None:
+        """An endpoint failed before it answered: a fault, and nothing is cached there that was not before.
+
+        Of one that rests anyway the second is not worth the time: all requests of an outage come by here.
+        """
+        if self.charges.stands(charge):
+            resting = self.pool.ejected_until.item(charge.row) > now
+            self.faults.failed(charge.row, now)
+            self._take_back(charge, thorough=not resting)
+
+    def _take_back(self, charge: Charge, *, thorough: bool) -> None:
+        self.index.take_back(charge.row, charge.request.block_hashes, charge.predicted, thorough=thorough)
 
     def _is_at(self, charge: Charge, address: str) -> bool:
         # By address, not by row: the ranks of one engine share it, and the data plane does not tell them apart.
@@ -478,11 +575,12 @@ class Scheduler:
         charge = self.charges.close(request_id, now)
         if charge is None or not self.charges.stands(charge):
             return
+        if status >= 400:
+            self._take_back(charge, thorough=False)
         if status >= 500:
             self._fault(charge, now)
         elif status < 400:
-            self.pool.failures[charge.row] = 0
-            self.pool.succeeded_at[charge.row] = now
+            self.faults.answered(charge.row, now, sure=charge.sure)
         if usage is not None and usage.prompt_tokens > 0:
             self._learn_usage(charge, usage)
             self._learn_decoding(charge, usage, now)
@@ -490,20 +588,16 @@ class Scheduler:
     def _failed(self, request_id: int, reason: FailureReason, now: float) -> None:
         self.queue.remove(request_id)
         charge = self.charges.close(request_id, now)
-        if charge is not None and reason.blames_endpoint:
+        if charge is None or not reason.blames_endpoint:
+            return
+        if charge.prefilling:
+            self._disown(charge, now)
+        else:
             self._fault(charge, now)
 
     def _fault(self, charge: Charge, now: float) -> None:
-        """One more fault of an endpoint; enough in a row and it rests."""
-        if not self.charges.stands(charge):
-            return
-        failures = int(self.pool.failures[charge.row]) + 1
-        self.pool.failures[charge.row] = failures
-        self.pool.succeeded_at[charge.row] = -np.inf
-        beyond = failures - self.settings.eject_after
-        if beyond >= 0:
-            rest = min(self.settings.eject_s * 2.0 ** min(beyond, 30), self.settings.eject_max_s)
-            self.pool.ejected_until[charge.row] = now + rest
+        if self.charges.stands(charge):
+            self.faults.failed(charge.row, now)
 
     def _learn_usage(self, charge: Charge, usage: Usage) -> None:
         request = charge.request
@@ -557,7 +651,9 @@ class Scheduler:
 
     # --- facts about endpoints ---
 
-    def _about_endpoint(self, fact: ModelsObserved | HealthObserved | EndpointDraining | CacheCleared) -> None:
+    def _about_endpoint(
+        self, fact: ModelsObserved | HealthObserved | EndpointDraining | CacheCleared, now: float
+    ) -> None:
         row = self.pool.row(fact.name)
         if row is None:
             return
@@ -566,6 +662,8 @@ class Scheduler:
                 self.charges.adapters.known |= adapters
                 self.pool.set_models(row, models)
             case HealthObserved(healthy=healthy):
+                if healthy and not self.pool.healthy[row]:
+                    self.faults.reached(row, now)
                 self.pool.healthy[row] = healthy
             case EndpointDraining(draining=draining):
                 self.pool.draining[row] = draining
@@ -615,13 +713,21 @@ class Scheduler:
             self.exact.remove_row(row)
         self.learned.forget(row)
 
-    def _load(self, fact: LoadObserved) -> None:
+    def _unseen(self, name: str) -> None:
+        """Old values stay and age; see `PoolView.age`."""
+        if (row := self.pool.row(name)) is not None:
+            self.pool.unreachable[row] = True
+
+    def _load(self, fact: LoadObserved, now: float) -> None:
         row = self.pool.row(fact.name)
         if row is None:
             return
-        if self._restarted(row, fact):
+        pool, restarted = self.pool, self._restarted(row, fact)
+        if restarted:
             self.index.clear(row)
-        pool = self.pool
+        if restarted or pool.unreachable[row]:
+            self.faults.reached(row, now)
+            pool.unreachable[row] = False
         pool.observed_at[row] = fact.observed_at
         for column, value in (
             (pool.waiting, fact.waiting),

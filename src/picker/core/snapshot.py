@@ -33,6 +33,7 @@ class EndpointState:
     kv_usage: float | None
     kv_capacity_tokens: float | None
     scrape_age_s: float | None
+    metrics_missing: tuple[str, ...]
     prefill_tokens_per_s: float
     index_blocks: int
     index_trust: float
@@ -81,17 +82,26 @@ def endpoint_state(
         kv_usage=_known(pool.kv_usage, row),
         kv_capacity_tokens=_known(pool.kv_capacity, row),
         scrape_age_s=_known(now - pool.observed_at, row),
+        metrics_missing=_missing(pool, row),
         prefill_tokens_per_s=speed,
         index_blocks=index_blocks,
         index_trust=index_trust,
         kv_events=_standing(events, doubt),
-        kv_events_reason="" if events is None else doubt or events.refused or events.reason,
+        kv_events_reason="" if events is None else _reason(events, doubt, predictions),
         predictions=predictions.predictions,
         predictions_over=predictions.over,
         predictions_under=predictions.under,
         prediction_error_tokens=predictions.error,
         labels=dict(endpoint.labels),
     )
+
+
+def _missing(pool: Pool, row: int) -> tuple[str, ...]:
+    """What every engine shows, and the page of this one does not: it may have been renamed."""
+    if np.isnan(pool.observed_at[row]):
+        return ()
+    wanted = (("waiting", pool.waiting), ("running", pool.running), ("kv_usage", pool.kv_usage))
+    return tuple(name for name, column in wanted if np.isnan(column[row]))
 
 
 def _standing(events: Stream | None, doubt: str | None) -> str:
@@ -101,6 +111,11 @@ def _standing(events: Stream | None, doubt: str | None) -> str:
     if events.refused:
         return "refused"
     return "doubted" if doubt else events.state.value
+
+
+def _reason(events: Stream, doubt: str | None, predictions: Record) -> str:
+    told = doubt or events.refused or events.reason
+    return told if predictions.unwitnessed is None else f"{told}; {predictions.unwitnessed}"
 
 
 def _known(column: FloatArray, row: int) -> float | None:

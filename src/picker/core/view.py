@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picker.core.adapters import Adapters
-from picker.core.learned import Learned
+from picker.core.learned import Factors, Learned
 from picker.core.pool import RECENT_S, Pool
 from picker.types import BoolArray, FloatArray, Int64Array
 
 T = TypeVar("T", bound=np.generic)
+
+Numbers = FloatArray | list[float]
 
 
 class PoolView:
@@ -33,14 +35,14 @@ class PoolView:
         now: float,
         *,
         pick: slice | Int64Array | None = None,
-        matched_blocks: FloatArray | None = None,
+        matched_blocks: Numbers | None = None,
         total_blocks: int = 0,
         prompt_tokens: float = 0.0,
-        uncached: FloatArray | None = None,
+        uncached: Numbers | None = None,
         learned: Learned | None = None,
         session_row: int | None = None,
         model: str | None = None,
-        shared: FloatArray | None = None,
+        shared: Numbers | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         n = rows.size
@@ -48,11 +50,11 @@ class PoolView:
         self.rows = rows
         self.n = n
         self._pick = place(rows) if pick is None else pick
-        self.matched_blocks = np.zeros(n) if matched_blocks is None else matched_blocks
+        self._matched = matched_blocks
         self.total_blocks = total_blocks
         self.prompt_tokens = prompt_tokens
-        self.uncached = np.full(n, prompt_tokens) if uncached is None else uncached
-        self.shared = np.zeros(n) if shared is None else shared
+        self._uncached = uncached
+        self._shared = shared
         self.learned = learned or Learned(pool.rows)
         self.session_row = session_row
         self._model = model
@@ -68,6 +70,62 @@ class PoolView:
     def _take(self, column: NDArray[T]) -> NDArray[T]:
         taken = column[self._pick]
         taken.flags.writeable = False
+        return taken
+
+    # of this request
+
+    @property
+    def matched_blocks(self) -> FloatArray:
+        """(n,) leading blocks of the prompt that each is believed to hold."""
+        self._matched = _array(self._matched, self.n, 0.0)
+        return self._matched
+
+    @property
+    def uncached(self) -> FloatArray:
+        """(n,) tokens that each would have to compute."""
+        self._uncached = _array(self._uncached, self.n, self.prompt_tokens)
+        return self._uncached
+
+    @property
+    def shared(self) -> FloatArray:
+        """(n,) leading prompt tokens that requests in flight hold there."""
+        self._shared = _array(self._shared, self.n, 0.0)
+        return self._shared
+
+    def candidate(self, index: int) -> tuple[float, float, float]:
+        """The same of one candidate: matched blocks, uncached and shared tokens."""
+        matched, uncached, shared = self._matched, self._uncached, self._shared
+        return (
+            0.0 if matched is None else float(matched[index]),
+            self.prompt_tokens if uncached is None else float(uncached[index]),
+            0.0 if shared is None else float(shared[index]),
+        )
+
+    # in plain numbers, for those who look at few candidates
+
+    def numbers(self) -> tuple[list[list[int]], list[list[float]]]:
+        """By candidate the columns of `pool.COUNTS`, and those of `pool.MEASURES`."""
+        pool, pick = self._pool, self._pick
+        return pool.counts[:, pick].T.tolist(), pool.measures[:, pick].T.tolist()
+
+    def wants(self) -> tuple[list[float], list[float]]:
+        """By candidate the tokens it would have to compute, and those that requests in flight hold there."""
+        uncached, shared = self._uncached, self._shared
+        return (
+            uncached if isinstance(uncached, list) else self.uncached.tolist(),
+            shared if isinstance(shared, list) else self.shared.tolist(),
+        )
+
+    def speeds(self) -> tuple[list[float], list[float]]:
+        """By candidate the speed of prefills, and that of decoding."""
+        prefill, decode = self.learned.prefill_speed, self.learned.decode_speed
+        return self._factors(prefill), self._factors(decode)
+
+    def _factors(self, of: Factors) -> list[float]:
+        factors = of.value
+        if factors is of.even:  # which is the rule in a pool of equals
+            return [1.0] * self.n
+        taken: list[float] = factors[self._pick].tolist()
         return taken
 
     # scraped, NaN when not known
@@ -130,8 +188,9 @@ class PoolView:
     @property
     def recent(self) -> FloatArray:
         """Requests of about the last half minute, older ones fading away."""
-        faded: FloatArray = np.exp((self._take(self._pool.recent_at) - self.now) * (1.0 / RECENT_S))
-        return self._take(self._pool.recent) * faded
+        pool, pick = self._pool, self._pick
+        faded: FloatArray = np.exp((pool.recent_at[pick] - self.now) * (1.0 / RECENT_S))
+        return pool.recent[pick] * faded
 
     @property
     def decoding(self) -> Int64Array:
@@ -188,6 +247,27 @@ class PoolView:
         """Whether one more adapter fits; False where the engine does not say."""
         room = self._take(self._pool.max_adapters)
         return np.nan_to_num(room, nan=0.0) > self._take(self._pool.adapters)
+
+
+class Handful:
+    """A few rows as those need them who look at them one by one. Usually the same rows are asked for again.
+
+    places: row -> its index among them. bits: the rows as bits. pick: `place` of them.
+    """
+
+    __slots__ = ("bits", "pick", "places", "rows")
+
+    def __init__(self, rows: Int64Array) -> None:
+        self.rows = rows
+        self.pick = place(rows)
+        self.places = {row: at for at, row in enumerate(rows.tolist())}
+        self.bits = sum([1 << row for row in self.places])
+
+
+def _array(values: Numbers | None, n: int, default: float) -> FloatArray:
+    if values is None:
+        return np.full(n, default)
+    return np.array(values) if isinstance(values, list) else values
 
 
 def place(rows: Int64Array) -> slice | Int64Array:

@@ -135,7 +135,7 @@ def _readiness(runtime: Runtime) -> dict[str, Any]:
         reason = "every known endpoint is unhealthy or draining"
     else:
         reason = f"{usable} of {len(states)} endpoints can serve"
-    shown = ("name", "healthy", "draining", "scrape_age_s", "kv_events", "kv_events_reason")
+    shown = ("name", "healthy", "draining", "scrape_age_s", "metrics_missing", "kv_events", "kv_events_reason")
     endpoints = [{name: _plain(getattr(state, name)) for name in shown} for state in states]
     return {"ready": bool(usable) and not runtime.draining, "reason": reason, "endpoints": endpoints}
 

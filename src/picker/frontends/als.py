@@ -1,11 +1,14 @@
 """Feedback from the data plane's access log: how requests ended whose responses do not pass through here.
 
-Owns the requests that have been routed and not heard of since, and their promise: each gets exactly one terminal fact,
-told by the log, or when it would be over by prediction where there is no log, or at shutdown.
+`AccessLog` serves it; where several processes do, what it tells is kept in one of them: an entry may come to another
+than its request did. `Feedback` owns the requests that have been routed and not heard of since, and their promise: each
+gets exactly one terminal fact, told by the log, or when it would be over by prediction where there is no log, or at
+shutdown.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import logging
@@ -17,7 +20,7 @@ from picker.core.scheduler import Scheduler
 from picker.errors import WireError
 from picker.exchange import REQUEST_HEADER
 from picker.frontends.grpc_server import Call, Code, Handler
-from picker.runtime import Runtime
+from picker.gate import Gate
 from picker.types import Decision, Failed, FailureReason, Finished, ResponseStarted
 from picker.wire.als import REPLY, SERVICE, Ended, decode
 
@@ -46,18 +49,84 @@ class _Waiting:
     predicted: float
 
 
-class Feedback:
-    """Requests routed in lean mode, until their end is known; serves the access log service.
+def marked(request_id: int, secret: str) -> str:
+    """What a request is sent on with as `x-picker-request-id`."""
+    return f"{request_id}-{secret}"
 
-    predict: how long a request will take; corrected by how long those took that the log told of.
+
+class AccessLog(abc.ABC):
+    """Serves the access log service to data planes; what becomes of entries is up to those who inherit."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {f"/{SERVICE}/StreamAccessLogs": self._listen}
+
+    async def _listen(self, call: Call) -> None:
+        self.opened()
+        try:
+            while (message := await call.read()) is not None:
+                for ended in decode(message, REQUEST_HEADER):
+                    self.hear(ended)
+            await call.write(REPLY)
+        except WireError as error:
+            self.gate.telemetry.internal_error("als-protocol")
+            log.warning("the access log cannot be read: %s", error.message)
+            call.end(Code.INVALID_ARGUMENT, error.message)
+        finally:
+            self.lost()
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Requests whose end is awaited here."""
+
+    @abc.abstractmethod
+    def opened(self) -> None:
+        """A log begins."""
+
+    @abc.abstractmethod
+    def lost(self) -> None:
+        """A log has ended or broken off."""
+
+    @abc.abstractmethod
+    def hear(self, ended: Ended) -> None:
+        """An entry: a request has ended, ours or somebody else's."""
+
+    @abc.abstractmethod
+    def mark(self, request_id: int) -> str:
+        """What a request is sent on with as `x-picker-request-id`."""
+
+    @abc.abstractmethod
+    def expect(self, decision: Decision, alias: str, now: float) -> None:
+        """A request has left for its endpoint. alias: its `x-request-id`, "" without one."""
+
+    @abc.abstractmethod
+    def sweep(self, now: float) -> None:
+        """End those that must be over. To be called now and then."""
+
+    @abc.abstractmethod
+    def close(self, reason: FailureReason) -> None:
+        """End all that are left."""
+
+    @abc.abstractmethod
+    async def drained(self, timeout: float) -> None:
+        """Wait until every request has been heard of, at most `timeout` seconds."""
+
+
+class Feedback(AccessLog):
+    """Requests routed in lean mode, until their end is known.
+
+    predict: how long a request will take; corrected by how long those took that the log told of. secret: in marks;
+    clients and engines see those of their own requests, and cannot make up others'. None: a new one.
     """
 
-    def __init__(self, runtime: Runtime, predict: Predict, *, patience: float = _PATIENCE) -> None:
-        self._runtime = runtime
+    def __init__(self, gate: Gate, predict: Predict, *, patience: float = _PATIENCE, secret: str | None = None) -> None:
+        super().__init__(gate)
+        self.secret = secret or secrets.token_hex(8)
         self._predict = predict
         self._patience = patience
-        # Clients and engines see the marks of their own requests: the secret keeps them from making up others'.
-        self._secret = secrets.token_hex(8)
         self._waiting: dict[int, _Waiting] = {}
         self._aliases: dict[str, int] = {}
         self._none = asyncio.Event()
@@ -69,18 +138,12 @@ class Feedback:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    @property
-    def handlers(self) -> Mapping[str, Handler]:
-        return {f"/{SERVICE}/StreamAccessLogs": self._listen}
-
     # what the streams tell
 
     def mark(self, request_id: int) -> str:
-        """What a request is sent on with as `x-picker-request-id`."""
-        return f"{request_id}-{self._secret}"
+        return marked(request_id, self.secret)
 
     def expect(self, decision: Decision, alias: str, now: float) -> None:
-        """A request has left for its endpoint. alias: its `x-request-id`, "" without one."""
         waiting = _Waiting(decision.request_id, alias, now, self._predict(decision))
         self._waiting[waiting.id] = waiting
         self._none.clear()
@@ -90,20 +153,12 @@ class Feedback:
 
     # what the log tells
 
-    async def _listen(self, call: Call) -> None:
+    def opened(self) -> None:
         self._logs += 1
-        try:
-            while (message := await call.read()) is not None:
-                for ended in decode(message, REQUEST_HEADER):
-                    self.hear(ended)
-            await call.write(REPLY)
-        except WireError as error:
-            self._runtime.telemetry.internal_error("als-protocol")
-            log.warning("the access log cannot be read: %s", error.message)
-            call.end(Code.INVALID_ARGUMENT, error.message)
-        finally:
-            self._logs -= 1
-            self._lost_at = self._runtime.clock()
+
+    def lost(self) -> None:
+        self._logs -= 1
+        self._lost_at = self.gate.clock()
 
     def hear(self, ended: Ended) -> None:
         """Report a request's end; harmless for requests of others, and for those whose end has been told."""
@@ -113,7 +168,7 @@ class Feedback:
         if ended.duration is not None and ended.failure is None:
             self._took = self._took * _KEEP + ended.duration
             self._expected = self._expected * _KEEP + waiting.predicted
-        emit = self._runtime.emit
+        emit = self.gate.emit
         if ended.status and ended.upstream is not None:
             emit(ResponseStarted(waiting.id, ended.status, ended.upstream))
         if ended.failure is not None or not ended.status:
@@ -125,7 +180,7 @@ class Feedback:
         """The id of the request that an entry is about; -1 for somebody else's."""
         if ended.mark is not None:
             number, _, secret = ended.mark.partition("-")
-            ours = secrets.compare_digest(secret.encode(), self._secret.encode())
+            ours = secrets.compare_digest(secret.encode(), self.secret.encode())
             return int(number) if ours and number.isdecimal() else -1
         # A client that left before the verdict was carried out: the request never got its mark.
         return self._aliases.get(ended.request_id, -1) if ended.failure is FailureReason.CLIENT_GONE else -1
@@ -146,7 +201,7 @@ class Feedback:
         over = [each.id for each in self._waiting.values() if now >= self._until(each, scale)]
         for request_id in over:
             self._forget(request_id)
-            self._runtime.emit(Failed(request_id, _UNHEARD))
+            self.gate.emit(Failed(request_id, _UNHEARD))
 
     def _until(self, waiting: _Waiting, scale: float) -> float:
         predicted = waiting.predicted * scale
@@ -156,13 +211,11 @@ class Feedback:
         return waiting.since + max(self._patience, _ALLOWANCE * predicted)
 
     def close(self, reason: FailureReason) -> None:
-        """End all that are left."""
         for request_id in list(self._waiting):
             self._forget(request_id)
-            self._runtime.emit(Failed(request_id, reason))
+            self.gate.emit(Failed(request_id, reason))
 
     async def drained(self, timeout: float) -> None:
-        """Wait until every request has been heard of, at most `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._none.wait()

@@ -27,15 +27,22 @@ _SKEW = datetime.timedelta(hours=1)  # of the clocks of those who look
 
 
 class Certificates:
-    """A server's TLS identity, for the life of the server. context: offers HTTP/2 alone, from TLS 1.2 on.
+    """A server's TLS identity, for the life of the server. context: offers HTTP/2 alone, from TLS `oldest` on.
 
     client_ca: a file of certificates (PEM); when given, only clients that show a certificate of theirs are served.
     """
 
-    def __init__(self, folder: Path | None, *, client_ca: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        client_ca: Path | None = None,
+        oldest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
+    ) -> None:
         """folder: with tls.crt and tls.key; None: self-signed. Raises ConfigError for files that do not do."""
         self._folder = folder
         self.context = _context()
+        self.context.minimum_version = oldest
         if folder is None:
             _load_self_signed(self.context)
         else:

@@ -13,7 +13,7 @@ import enum
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -33,11 +33,11 @@ from picker.exchange import (
     ResponseBody,
     ResponseHead,
 )
-from picker.frontends.als import Feedback, Predict
+from picker.frontends.als import AccessLog, Feedback, Predict
 from picker.frontends.grpc_server import Call, Code, GrpcServer, Handler
 from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
-from picker.runtime import Runtime
+from picker.gate import Gate, UndecidedError
 from picker.types import FailureReason
 from picker.wire import openai
 from picker.wire.extproc import SERVICE, Codec, ProcessingRequest
@@ -130,20 +130,25 @@ def _is_response(message: bytes | None) -> bool:
         return False  # said when it is read
 
 
+Begin = Callable[[GrpcServer, GrpcServer], Awaitable[None]]
+
+
 class ExtProc:
     """Serves Envoy until `shutdown`; one object, one port, one `serve`.
 
-    mode: see `Mode`. predict: seconds that a request takes, for lean mode. fallbacks: name further endpoints for
+    mode: see `Mode`. For lean mode, predict: seconds that a request takes; or feedback, where it is kept elsewhere.
+    fallbacks: name further endpoints for
     Envoy's retries (needs the override_host policy there), else only the best. max_message_bytes: of one gRPC message;
     bodies come in many.
     """
 
     def __init__(
         self,
-        runtime: Runtime,
+        runtime: Gate,
         *,
         mode: Mode = Mode.FULL,
         predict: Predict = lambda decision: 0.0,
+        feedback: AccessLog | None = None,
         fallbacks: bool = True,
         bounds: Bounds | None = None,
         max_message_bytes: int = 64 * 1024 * 1024,
@@ -157,7 +162,9 @@ class ExtProc:
         self._stop = asyncio.Event()
         self._stopping = False
         self._server: GrpcServer | None = None
-        self.feedback = Feedback(runtime, predict) if mode is Mode.LEAN else None
+        if feedback is None and mode is Mode.LEAN:
+            feedback = Feedback(runtime, predict)
+        self.feedback = feedback
 
     @property
     def open_streams(self) -> int:
@@ -180,17 +187,25 @@ class ExtProc:
         """
         listener = listen(host, port)
         probes_listener = None if health_port is None else listen(host, health_port)
+
+        async def begin(server: GrpcServer, probes: GrpcServer) -> None:
+            if probes_listener is not None:
+                await probes.serve(probes_listener)
+            await server.serve(listener, tls=tls)
+            self.set_serving(True)
+            ready(port_of(listener), None if probes_listener is None else port_of(probes_listener))
+
+        await self.serve_by(begin, grace=grace)
+
+    async def serve_by(self, begin: Begin, *, grace: float = 30.0) -> None:
+        """As `serve`. begin: gives our server and the one of the health service what they serve, and says when."""
         async with asyncio.TaskGroup() as tasks:
             server = GrpcServer(self._handlers(), tasks, max_message_bytes=self._max_message_bytes)
             self._server = server
             probes = GrpcServer(self._health.handlers, tasks)
             async with self._sweeping(tasks), _closing(server, probes):
                 try:
-                    if probes_listener is not None:
-                        await probes.serve(probes_listener)
-                    await server.serve(listener, tls=tls)
-                    self.set_serving(True)
-                    ready(port_of(listener), None if probes_listener is None else port_of(probes_listener))
+                    await begin(server, probes)
                     await self._stop.wait()
                     await self._leave(server, grace)
                 finally:
@@ -235,10 +250,16 @@ class ExtProc:
     # one stream
 
     async def _process(self, call: Call) -> None:
-        stream = self._opened(call)
+        try:
+            stream = self._opened(call)
+        except UndecidedError as error:
+            call.end(Code.UNAVAILABLE, str(error))
+            return
         self._streams.add(stream)
         try:
             await self._converse(stream)
+        except UndecidedError as error:
+            call.end(Code.UNAVAILABLE, str(error))
         except WireError as error:
             self._runtime.telemetry.internal_error("extproc-protocol")
             log.warning("the data plane broke the ext-proc protocol: %s", error.message)
@@ -283,7 +304,7 @@ class ExtProc:
             stream.call.end(Code.CANCELLED, "the stream was half-closed before a verdict")
         return None
 
-    def _hand_on(self, stream: _Stream, forward: Forward, feedback: Feedback) -> None:
+    def _hand_on(self, stream: _Stream, forward: Forward, feedback: AccessLog) -> None:
         """The request has left and nothing of its response is wanted: the stream ends here, cleanly.
 
         Only here: ended between the response's head and its end, a stream takes the bytes along that are under way.

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import cast
 
+from picker.wire.header_blocks import HeaderBlocks
 from picker.wire.http2 import Connection, Drained, HalfClosed, Http2Error, Message, Opened, Reset
 
 log = logging.getLogger("picker.grpc")
@@ -25,6 +26,8 @@ _LINGER = 1.0
 # it may take to say that it speaks HTTP/2.
 _KEEPALIVE = 20.0
 _HANDSHAKE = 10.0  # seconds for TLS
+
+_PROBES = "/grpc.health."
 
 Handler = Callable[["Call"], Awaitable[None]]
 
@@ -37,8 +40,11 @@ class Code(enum.IntEnum):
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
+    RESOURCE_EXHAUSTED = 8
     UNIMPLEMENTED = 12
     INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class Call:
@@ -135,11 +141,13 @@ class _Protocol(asyncio.Protocol):
         self.calls: dict[int, Call] = {}
         self.paused: asyncio.Future[None] | None = None
         self._server = server
-        self._http2 = Connection(max_message_bytes=server.max_message_bytes)
+        self._http2 = Connection(max_message_bytes=server.max_message_bytes, headers=server.headers())
         self.closed: asyncio.Future[None] = self.loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._flushing = False
         self._deaf = False
+        self.working = False
+        self.parting = False
         self._heard = True
         self._asked = False
 
@@ -177,22 +185,21 @@ class _Protocol(asyncio.Protocol):
             self.close()
             return
         for event in events:
-            match event:
-                case Message(stream_id, message):
-                    if stream_id in self.calls:
-                        self.calls[stream_id].arrived(message)
-                case Opened(stream_id, path):
-                    call = self.calls[stream_id] = Call(self, stream_id, path)
-                    call.task = self._server.start(call)
-                case HalfClosed(stream_id):
-                    if stream_id in self.calls:
-                        self.calls[stream_id].arrived(None)
-                case Reset(stream_id):
-                    if stream_id in self.calls:
-                        self.calls[stream_id].cancel()
-                case Drained(stream_id):
-                    if stream_id in self.calls:
-                        self.calls[stream_id].drained()
+            call = self.calls.get(event.stream_id)
+            if isinstance(event, Opened):
+                call = self.calls[event.stream_id] = Call(self, event.stream_id, event.path)
+                self.working = self.working or not event.path.startswith(_PROBES)
+                call.task = self._server.start(call)
+            elif call is None:
+                pass  # it was over before its peer knew
+            elif isinstance(event, Message):
+                call.arrived(event.data)
+            elif isinstance(event, HalfClosed):
+                call.arrived(None)
+            elif isinstance(event, Reset):
+                call.cancel()
+            elif isinstance(event, Drained):
+                call.drained()
         self._flush_soon()
 
     # the calls' side
@@ -230,6 +237,7 @@ class _Protocol(asyncio.Protocol):
             self._flush()
 
     def part(self) -> None:
+        self.parting = True
         self._http2.part()
         self._flush()
 
@@ -271,7 +279,8 @@ class GrpcServer:
     """Serves handlers by path ("/package.Service/Method"). tasks: own the calls; a failing handler does not fail them.
 
     max_message_bytes: of one message; a call that sends a larger one is ended. keepalive: seconds of silence until a
-    peer is asked whether it lives, and again until its connection is closed.
+    peer is asked whether it lives, and again until its connection is closed. headers: makes what reads the header
+    blocks of a connection.
     """
 
     def __init__(
@@ -281,8 +290,10 @@ class GrpcServer:
         *,
         max_message_bytes: int = 64 * 1024 * 1024,
         keepalive: float = _KEEPALIVE,
+        headers: Callable[[], HeaderBlocks] = HeaderBlocks,
     ) -> None:
         self.max_message_bytes = max_message_bytes
+        self.headers = headers
         self._keepalive = keepalive
         self._keeper: asyncio.Task[None] | None = None
         self.connections: set[_Protocol] = set()
@@ -297,7 +308,19 @@ class GrpcServer:
         self._listener = await loop.create_server(
             lambda: _Protocol(self), sock=listener, ssl=tls, backlog=1024, ssl_handshake_timeout=handshake
         )
+        self.keep()
+
+    def keep(self) -> None:
+        """Begin to look after connections; for a server that is only given some."""
         self._keeper = self._tasks.create_task(self._keep())
+
+    async def adopt(self, connection: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
+        """Serve a connection that somebody else has accepted. Raises OSError for one that breaks off meanwhile."""
+        loop = asyncio.get_running_loop()
+        handshake = None if tls is None else _HANDSHAKE
+        await loop.connect_accepted_socket(
+            lambda: _Protocol(self), connection, ssl=tls, ssl_handshake_timeout=handshake
+        )
 
     async def _keep(self) -> None:
         while True:
@@ -309,6 +332,16 @@ class GrpcServer:
         """Ask peers to make their next calls on a new connection, which a load balancer may give to somebody else."""
         for connection in self.connections:
             connection.part()
+
+    def part_from_one(self) -> None:
+        """The same for one peer."""
+        if (one := next((each for each in self.connections if each.working and not each.parting), None)) is not None:
+            one.part()
+
+    @property
+    def load(self) -> int:
+        """Connections that bring work: more than questions after our health, and not about to go."""
+        return sum(each.working and not each.parting for each in self.connections)
 
     def refuse(self) -> None:
         """Take no new connections and calls; open calls go on."""

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -100,6 +100,8 @@ class ApproximateIndex:
         self._tables: list[dict[int, _Run]] = [{} for _ in range(_TABLES)]
         self._numbers = itertools.count(1)
         self._stamp = 0
+        # The latest walk and whose it was, until the tree changes: what is matched is stored a moment later.
+        self._walked: tuple[UInt64Array, list[_Run], list[int]] | None = None
         self._runs = self._blocks = 0
         self._weights = [0] * _TABLES  # bytes by table
         self._order_bytes = self._table_bytes = self._largest_table = 0
@@ -139,6 +141,17 @@ class ApproximateIndex:
                 counts += self._bits([run.part])[0] * np.minimum(self._part, length)
         return counts
 
+    def match_few(self, block_hashes: UInt64Array, rows: int) -> Iterable[tuple[int, int]]:
+        """(row, the same) of those of these rows, as bits, that hold any block; for a handful of rows. Reads only."""
+        counts: dict[int, int] = {}
+        path, lengths = self._walk(block_hashes)
+        for run, length in zip(path, lengths, strict=True):
+            for row in _members(run.whole & rows):
+                counts[row] = counts.get(row, 0) + length
+            for row in _members(run.part & rows):
+                counts[row] = counts.get(row, 0) + min(self._part.item(row), length)
+        return counts.items()
+
     # --- learning ---
 
     def store(self, row: int, block_hashes: UInt64Array) -> None:
@@ -170,6 +183,28 @@ class ApproximateIndex:
             factor = _SHRINK if held < _NEARLY and predicted - actual > 1 else _RECOVER
             mine.effective = min(mine.announced, max(_FLOOR * mine.announced, mine.effective * factor))
             self._trim(row)
+
+    def take_back(self, row: int, block_hashes: UInt64Array, kept: int, *, thorough: bool = True) -> None:
+        """The row never computed this prompt: of what `store` has credited it with, the first `kept` blocks stay.
+
+        So does what other prompts of the row go on from. thorough: to find out which these are takes as long as the row
+        holds many; else what prompts of any row go on from stays.
+        """
+        path, lengths = self._walk(block_hashes)
+        position, needed = sum(lengths), self._needed(row, path) if thorough else None
+        for run, length in zip(reversed(path), reversed(lengths), strict=True):
+            position -= length
+            held = self._held(row, run) if (run.whole | run.part) >> row & 1 else 0
+            if held and (held > length or position + held <= kept):
+                break
+            if held and (run.children > 0 if needed is None else run in needed):
+                break
+            if held and position < kept:
+                self._split(run, kept - position)
+            if held:
+                self._lose(row, run)
+        self._weigh(row)
+        self._make_room(0)
 
     def set_capacity(self, row: int, blocks: int | None) -> None:
         """What the engine announces to hold, in our blocks; None when it does not say. What was learned is kept."""
@@ -234,6 +269,8 @@ class ApproximateIndex:
 
     def _walk(self, block_hashes: UInt64Array) -> tuple[list[_Run], list[int]]:
         """The runs that a prompt leads through, and how many blocks of each: all of them, except in the last."""
+        if self._walked is not None and self._walked[0] is block_hashes:
+            return self._walked[1:]
         path: list[_Run] = []
         lengths: list[int] = []
         data, position, run = block_hashes.tobytes(), 0, self._root
@@ -250,11 +287,13 @@ class ApproximateIndex:
             if not whole:
                 break
             position += length
+        self._walked = block_hashes, path, lengths
         return path, lengths
 
     def _path(self, row: int, block_hashes: UInt64Array) -> list[_Run]:
         """The runs that make up this prompt and nothing else; those that are missing are held by nobody yet."""
         path, lengths = self._walk(block_hashes)
+        self._walked = None  # what follows writes to the path
         if path and lengths[-1] < path[-1].blocks:
             path[-1] = self._split(path[-1], lengths[-1])
         rest = block_hashes[sum(lengths) :].tobytes()
@@ -304,6 +343,7 @@ class ApproximateIndex:
     def _forget(self, run: _Run) -> None:
         """Nobody holds any of it."""
         assert run.parent is not None
+        self._walked = None
         key = _key(run)
         del self._tables[key & _LAST][key]
         self._weigh_table(key & _LAST)
@@ -312,6 +352,7 @@ class ApproximateIndex:
         self._blocks -= run.blocks
 
     def _enter(self, run: _Run) -> None:
+        self._walked = None
         key = _key(run)
         self._tables[key & _LAST][key] = run
         self._weigh_table(key & _LAST)
@@ -368,6 +409,18 @@ class ApproximateIndex:
             mine.order.move_to_end(parent, last=False)
         self._settle(run)
 
+    def _lose(self, row: int, run: _Run) -> None:
+        """The row holds nothing of this run, and nothing behind it; what is before it goes when this would have."""
+        mine, bit, parent = self._rows[row], 1 << row, run.parent
+        mine.blocks -= self._held(row, run)
+        run.whole &= ~bit
+        run.part &= ~bit
+        if parent is None or parent is self._root or parent in mine.order:
+            del mine.order[run]
+        else:
+            mine.order = OrderedDict((parent if each is run else each, at) for each, at in mine.order.items())
+        self._settle(run)
+
     def _cut(self, row: int, run: _Run, kept: int) -> None:
         """The row keeps only the first blocks of its next to go."""
         self._rows[row].blocks -= self._held(row, run) - kept
@@ -385,10 +438,21 @@ class ApproximateIndex:
             return
         rows = list(_members(run.part))
         longest = max(int(self._part[row]) for row in rows)
+        self._walked = None
         self._blocks -= run.blocks - longest
         run.hashes = run.hashes[: _HASH * longest]
         run.whole = sum(1 << row for row in rows if self._part[row] == longest)
         run.part ^= run.whole
+
+    def _needed(self, row: int, path: Sequence[_Run]) -> set[_Run]:
+        """What the row's runs beside this path go on from."""
+        needed: set[_Run] = set()
+        for run in self._rows[row].order.keys() - set(path):
+            above = run.parent
+            while above is not None and above not in needed:
+                needed.add(above)
+                above = above.parent
+        return needed
 
     # --- room ---
 

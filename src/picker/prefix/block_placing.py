@@ -13,7 +13,7 @@ from picker.prefix.block_tree import BlockTree
 from picker.prefix.row_sets import EMPTY, TIERS, RowSets
 from picker.types import Int64Array, Tier, UInt64Array
 
-_MANY = 12  # blocks from which on arrays are quicker than one at a time
+_MANY = 96  # blocks from which on arrays are quicker than one at a time
 COPY_BYTES = 160  # a number and its count in a dict, which may just have grown
 _WINDOW = 64, 2048  # blocks looked at for eviction at a time: a sixteenth of a row's, but no fewer and no more
 
@@ -56,6 +56,13 @@ class Holder:
     def of(cls, tree: BlockTree, sets: RowSets, row: Row, number: int, tier: Tier) -> Holder:
         return cls(tree, sets, row, TIERS.index(tier), sets.bit(number, tier), sets.every_tier(number))
 
+    def place_one(self, parent: int, number: int, end: int, key: int) -> int:
+        """As `place`, of one block; most go right behind a parent which nothing else continues."""
+        if self.tree.is_free_behind(parent) and self.row.table.enter(number, parent + 1):
+            self.tree.append(parent, end, key, self.sets.move(EMPTY, self.bit))
+            return 1
+        return self.place(parent, (number,), np.array((end,), np.int64), np.array((key,), np.uint64))
+
     def place(self, parent: int, numbers: Sequence[int], ends: Int64Array, keys: UInt64Array) -> int:
         """Hold a chain of blocks that continues `parent`; returns how many of them could be placed."""
         done, count, block, total = 0, 0, parent, len(numbers)
@@ -68,6 +75,13 @@ class Holder:
             done += count
         return done
 
+    def copy(self, number: int) -> bool:
+        """Hold a block that the row has already once more, or in this tier as well; False: it has none."""
+        block = self.row.table.get(number)
+        if block:
+            self._again(block, number)
+        return bool(block)
+
     def remove(self, number: int) -> bool:
         """Give up one copy of a block."""
         table, tree, copies = self.row.table, self.tree, self.row.copies
@@ -75,23 +89,17 @@ class Holder:
         if entry < 0:
             return False
         block = table.block(entry)
-        bits = self.sets.bits(tree.held_at[block])
-        if not bits & self.bit:
-            return False
-        if copies and number << 2 | self.tier in copies:
+        if number << 2 | self.tier in copies and self.sets.bits(tree.held_at[block]) & self.bit:
             self._give_copy(number)
             return True
-        tree.held_at[block] = self.sets.move(tree.held_at[block], bits & ~self.bit)
-        if not bits & self.every & ~self.bit:
-            table.drop(entry)
-        if bits == self.bit:
-            tree.prune(block)
-        return True
+        return self._give_shared(entry, block)
 
-    def remove_many(self, numbers: Sequence[int]) -> int:
-        """Give up blocks of which the row has one copy each; distinct. Returns how many it had."""
-        entries = np.array(self.row.table.find_all(numbers), dtype=np.int64)
-        return self._give(entries)
+    def remove_all(self, numbers: Sequence[int]) -> int:
+        """Give up blocks of which the row has one copy each; returns how many were there."""
+        entries = self.row.table.find_all(numbers)
+        if len(entries) >= _MANY and len(set(numbers)) == len(numbers):
+            return self._give(np.array(entries, dtype=np.int64))
+        return self._give_some(entries)
 
     def drop(self, entry: int) -> None:
         """Give up an entry of the row's table, in all tiers."""
@@ -126,6 +134,44 @@ class Holder:
             if before == self.bit:
                 tree.prune_many(blocks)
         return given
+
+    def _give_some(self, entries: Sequence[int]) -> int:
+        """As `_give`, one by one, of blocks that the row has no copies of; an entry may be there twice."""
+        tree, table = self.tree, self.row.table
+        held_at, up_at, first_at, block_at = tree.held_at, tree.up_at, tree.first_at, table.block_at
+        alone, mine, others = self.sets.number(self.bit), 0, 0
+        for entry in entries:
+            block = block_at[entry]
+            if held_at[block] != alone:
+                others += bool(block) and self._give_shared(entry, block)
+                continue
+            mine += 1
+            block_at[entry] = held_at[block] = 0
+            if first_at[block] or up_at[block + 1] == 1:
+                continue
+            if up_at[block] != 1 or not held_at[block - 1]:
+                tree.prune(block)
+            else:
+                up_at[block] = 0
+                tree.live -= 1
+        table.live -= mine
+        if mine:
+            self.sets.move(alone, EMPTY, mine)
+        return mine + others
+
+    def _give_shared(self, entry: int, block: int) -> bool:
+        """Give up a block that others have, too, or the row in other tiers."""
+        tree = self.tree
+        held = tree.held_at[block]
+        bits = self.sets.bits(held)
+        if not bits & self.bit:
+            return False
+        tree.held_at[block] = self.sets.move(held, bits & ~self.bit)
+        if not bits & self.every & ~self.bit:
+            self.row.table.drop(entry)
+        if bits == self.bit:
+            tree.prune(block)
+        return True
 
     def _some(self, parent: int, numbers: Sequence[int], ends: Int64Array, keys: UInt64Array) -> tuple[int, int]:
         """Place the first blocks of a chain; returns how many, at least one where that is possible, and the last."""
@@ -196,11 +242,6 @@ class Holder:
         self.row.copies[copy] -= 1
         if not self.row.copies[copy]:
             del self.row.copies[copy]
-
-
-def enough_for_arrays(numbers: Sequence[int], row: Row) -> bool:
-    """Whether blocks are many enough, and simple enough, to be removed at once."""
-    return len(numbers) >= _MANY and not row.copies and len(set(numbers)) == len(numbers)
 
 
 def evict(holder: Holder) -> None:

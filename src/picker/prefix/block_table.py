@@ -20,23 +20,24 @@ _DEAD = 1 / 3  # of the entries; beyond it, a full table is made anew rather tha
 _PERTURB = 5  # how CPython's dict brings a number's higher bits in, where the lower ones lead to a slot that is taken
 _SLACK = 5  # a table grows by a fifth
 _FIRST = 4  # entries there is room for at first
+_MANY = 64  # numbers from which on arrays are quicker than one at a time
 _PART = 1 << 12  # entries that are moved or placed at a time
 
 
 class BlockTable:
     """Distinct numbers, 0..2^64-1, and what they stand for: blocks, 1..2^32-1; 0 means none.
 
-    An entry is an index into `blocks`; it holds until the table grows.
+    An entry is an index into `blocks` and `block_at`, which are the same; it holds until the table grows.
     """
 
     __slots__ = (
-        "_block_at",
         "_mask",
         "_number_at",
         "_numbers",
         "_slot_at",
         "_slots",
         "_used",
+        "block_at",
         "blocks",
         "live",
         "nbytes",
@@ -52,6 +53,10 @@ class BlockTable:
     def __len__(self) -> int:
         return self.live
 
+    def fits(self, count: int) -> bool:
+        """Whether so many can be added without growing."""
+        return self._used + count <= len(self.block_at)
+
     def growth(self, count: int) -> int:
         """Bytes at the worst moment of adding so many, beside what the table takes before: one column is copied."""
         if self._used + count <= len(self.blocks):
@@ -64,23 +69,34 @@ class BlockTable:
 
     def get(self, number: int) -> int:
         """The block, or 0."""
-        entry = self.find(number)
-        return 0 if entry < 0 else self._block_at[entry]
+        slots, mask = self._slot_at, self._mask
+        at, rest = number & mask, number
+        while entry := slots[at]:
+            if self._number_at[entry - 1] == number and (block := self.block_at[entry - 1]):
+                return block
+            rest >>= _PERTURB
+            at = 5 * at + rest + 1 & mask
+        return 0
 
     def find(self, number: int) -> int:
         """The entry of a number, or -1."""
         slots, mask = self._slot_at, self._mask
         at, rest = number & mask, number
         while entry := slots[at]:
-            if self._number_at[entry - 1] == number and self._block_at[entry - 1]:
+            if self._number_at[entry - 1] == number and self.block_at[entry - 1]:
                 return entry - 1
             rest >>= _PERTURB
             at = 5 * at + rest + 1 & mask
         return -1
 
     def find_all(self, numbers: Sequence[int]) -> list[int]:
-        """The entries of those that are there."""
-        slots, entered, blocks, mask = self._slot_at, self._number_at, self._block_at, self._mask
+        """The entries of those that are there; in order, but not where there are many."""
+        if len(numbers) >= _MANY:
+            return self._find_many(np.array(numbers, dtype=np.uint64))
+        return self._find_some(numbers)
+
+    def _find_some(self, numbers: Sequence[int]) -> list[int]:
+        slots, entered, blocks, mask = self._slot_at, self._number_at, self.block_at, self._mask
         found = []
         for number in numbers:
             at, rest = number & mask, number
@@ -92,18 +108,47 @@ class BlockTable:
                 at = 5 * at + rest + 1 & mask
         return found
 
+    def _find_many(self, numbers: UInt64Array) -> list[int]:
+        """At once those that lie where they are looked for first, which is most; one by one the others."""
+        entries = self._slots[numbers & np.uint64(self._mask)] - np.uint32(1)  # none: beyond the last
+        there = self._numbers.take(entries, mode="clip") == numbers
+        there &= self.blocks.take(entries, mode="clip") != 0
+        there &= entries < self._used
+        found: list[int] = entries[there].tolist()
+        return found + self._find_some(numbers[~there].tolist())
+
+    def enter(self, number: int, block: int) -> bool:
+        """As `add`, for one; whether it was not there yet."""
+        used = self._used
+        if used == len(self.block_at):
+            self._make_room(1)
+            used = self._used
+        slots, at = self._slot_at, number & self._mask
+        if slots[at]:
+            at = self._vacancy(number, at)
+            if at < 0:
+                return False
+        self._number_at[used] = number
+        self.block_at[used] = block
+        slots[at] = self._used = used + 1
+        self.live += 1
+        return True
+
     def add(self, numbers: Sequence[int], start: int) -> int:
         """Enter numbers for consecutive blocks from `start` on, up to one that is there already; returns how many."""
         if self._used + len(numbers) > len(self.blocks):
             self._make_room(len(numbers))
-        slots, entered, blocks, mask = self._slot_at, self._number_at, self._block_at, self._mask
+        slots, entered, blocks, mask = self._slot_at, self._number_at, self.block_at, self._mask
         first = used = self._used
         for number in numbers:
-            at = number & mask
-            if slots[at]:
-                at = self._vacancy(number, at)
-                if at < 0:
+            at, rest = number & mask, number
+            while entry := slots[at]:
+                if entered[entry - 1] == number and blocks[entry - 1]:
                     break
+                rest >>= _PERTURB
+                at = 5 * at + rest + 1 & mask
+            if entry:
+                break
             entered[used] = number
             blocks[used] = start
             start += 1
@@ -114,18 +159,18 @@ class BlockTable:
         return used - first
 
     def block(self, entry: int) -> int:
-        return self._block_at[entry]
+        return self.block_at[entry]
 
     def number(self, entry: int) -> int:
         return self._number_at[entry]
 
     def drop(self, entry: int) -> None:
-        self._block_at[entry] = 0
+        self.block_at[entry] = 0
         self.live -= 1
 
     def replace(self, number: int, block: int) -> None:
         """Let a number that is in the table stand for another block."""
-        self._block_at[self.find(number)] = block
+        self.block_at[self.find(number)] = block
 
     # --- all, or many ---
 
@@ -168,7 +213,7 @@ class BlockTable:
         """The slot for a number, from one that is taken on; -1 where the number is there."""
         slots, mask, rest = self._slot_at, self._mask, number
         while entry := slots[at]:
-            if self._number_at[entry - 1] == number and self._block_at[entry - 1]:
+            if self._number_at[entry - 1] == number and self.block_at[entry - 1]:
                 return -1
             rest >>= _PERTURB
             at = 5 * at + rest + 1 & mask
@@ -194,7 +239,7 @@ class BlockTable:
 
     def _fit(self, entries: int, *, stale: bool) -> None:
         """Have room for so many entries, and slots that lead to them."""
-        for view in (self._number_at, self._block_at, self._slot_at):
+        for view in (self._number_at, self.block_at, self._slot_at):
             view.release()
         self._numbers.resize(entries, refcheck=False)  # in place where the C library can, as glibc does
         self.blocks.resize(entries, refcheck=False)
@@ -221,7 +266,7 @@ class BlockTable:
 
     def _look(self) -> None:
         self._mask = len(self._slots) - 1
-        self._number_at, self._block_at, self._slot_at = self._numbers.data, self.blocks.data, self._slots.data
+        self._number_at, self.block_at, self._slot_at = self._numbers.data, self.blocks.data, self._slots.data
         self.nbytes = self._numbers.nbytes + self.blocks.nbytes + self._slots.nbytes
 
 

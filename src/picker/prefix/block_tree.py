@@ -6,6 +6,7 @@ range of numbers: it is compared with a prompt, made and freed as slices.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,6 +20,9 @@ _FEW = 8  # children that are searched one by one
 _FIRST = 1 << 10  # room for so many blocks at first
 _STEP = 1 << 16  # blocks that the arrays grow by: 2 MB, well under a millisecond
 _GAP = 8  # numbers left free behind a chain that may grow: a block of generated tokens at a time
+_WIDE_GAP = 128  # and behind a part of a prompt, at most
+_WORTH_TAKING = 16  # free numbers in a row; fewer are left to be joined by those around them
+_EASE = 8  # a part of the numbers that stays free, so that free ones lie together
 _SWEEP = 1 << 15  # numbers looked through for free ones at a time
 _GALLOP = 16, 4096  # blocks compared at once, at first and at most
 _SLICES = 6  # from so many blocks on, slices of arrays cost less than a loop over memoryviews
@@ -65,7 +69,7 @@ class BlockTree:
     block ends in a prompt, and the hash of all up to there. held: number of the set of its holders, 0 for nobody.
     first, sibling: of the children that do not follow by number. The views with `_at` are the same memory.
     roots: name of a chain -> tokens in a block -> the block, of no units, that all begin with. live: numbers in use.
-    capacity: how many could be.
+    capacity: how many could be. fan_bytes: what the tables of blocks with many children take.
     """
 
     def __init__(self) -> None:
@@ -78,10 +82,10 @@ class BlockTree:
         self.roots: dict[bytes, dict[int, int]] = {}
         self._names: dict[int, tuple[bytes, int]] = {}
         self._fans: dict[int, _Fan] = {}
-        self._fan_bytes = self._widest = 0  # of all fans; of the largest there has been
+        self.fan_bytes = self._widest = 0  # of the largest fan there has been
         self._top = 1  # numbers from here on have never been used
         self._cursor = 1  # where the search for free numbers goes on
-        self._extents: list[tuple[int, int]] = []  # free numbers it found, [start, stop), the longest last
+        self._extents: list[tuple[int, int]] = []  # free numbers it found: (how many, from where), the most last
         self.live = self._worth_trimming = 0
         self._look()
 
@@ -93,12 +97,16 @@ class BlockTree:
 
     @property
     def nbytes(self) -> int:
-        return self._column_nbytes + self._fan_bytes + _ROOT_BYTES * len(self._names)
+        return self._column_nbytes + self.fan_bytes + _ROOT_BYTES * len(self._names)
+
+    def fits(self, count: int) -> bool:
+        """Whether so many more blocks can be made without growing."""
+        return self.live + count <= self._easy
 
     def growth(self, count: int) -> int:
         """Bytes at the worst moment of making so many more blocks; the columns grow one by one, for some in place."""
         fan = _FAN_BYTES + 3 * self._widest
-        if self.live + count <= self.capacity:
+        if self.fits(count):
             return fan
         return fan + self._column_bytes(self._next_size(count) - len(self.up)) + self.key.itemsize * len(self.up)
 
@@ -136,7 +144,7 @@ class BlockTree:
         if first == _FAN:
             fan = self._fans[block]
             keys = hashes[fan.ends(self.position_at[block], limit)]
-            firsts = [fan.children.get(key) for key in keys.tolist()]
+            firsts = [fan.children.get(key) for key in dict.fromkeys(keys.tolist())]
             candidates = [child for first in firsts if first for child in self._along(first)]
         else:
             candidates = list(self._along(first))
@@ -186,6 +194,18 @@ class BlockTree:
             self._names[found] = (name, tokens)
         return found
 
+    def is_free_behind(self, parent: int) -> bool:
+        """Whether a block without children can be given the next number for one."""
+        return not self.up_at[parent + 1] and not self.first_at[parent] and parent < self.capacity
+
+    def append(self, parent: int, end: int, key: int, held: int) -> None:
+        """Make one block right behind a parent, where `is_free_behind` it."""
+        block = parent + 1
+        self.up_at[block], self.position_at[block], self.key_at[block], self.held_at[block] = 1, end, key, held
+        self.live += 1
+        if block >= self._top:
+            self._top = block + 1
+
     def extend(self, parent: int, ends: Int64Array, keys: UInt64Array, held: int) -> list[tuple[int, int]]:
         """Make a chain of blocks below a parent; returns (start, count) of the ranges of numbers it was given."""
         last, done = parent, 0
@@ -225,10 +245,11 @@ class BlockTree:
 
     # --- keeping ---
 
-    def dump(self) -> list[bytes]:
-        """The columns, little-endian, as far as they are used."""
+    def dump(self) -> Iterator[bytes]:
+        """The columns, little-endian, as far as they are used, one after the other. It must not change between."""
         stop = int(np.flatnonzero(self.up).max(initial=0)) + 1
-        return [column[:stop].astype(column.dtype.newbyteorder("<")).tobytes() for column in self._columns()]
+        for column in self._columns():
+            yield column[:stop].astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
 
     def restore(self, columns: list[bytes], roots: Iterable[tuple[bytes, int, int]]) -> None:
         """Become what was dumped; roots: (name, tokens, block). For a tree with nothing in it."""
@@ -251,14 +272,14 @@ class BlockTree:
         for parent, child in zip(parents[wide].tolist(), apart[wide].tolist(), strict=True):
             if parent not in self._fans:
                 self._fans[parent] = fan = _Fan()
-                self._fan_bytes += fan.nbytes
+                self.fan_bytes += fan.nbytes
             self._spread(parent, self._fans[parent], child)
 
     # --- room ---
 
     def grow(self, count: int) -> None:
         """Make room for so many more blocks."""
-        if self.live + count > self.capacity:
+        if not self.fits(count):
             self._resize(self._next_size(count))
 
     def trim(self) -> bool:
@@ -277,7 +298,8 @@ class BlockTree:
         return True
 
     def _next_size(self, count: int) -> int:
-        return max(len(self.up) + min(len(self.up), _STEP), self.live + count + 2)
+        least = (self.live + count + 2) * _EASE // (_EASE - 1) + 1
+        return max(len(self.up) + min(len(self.up), _STEP), least)
 
     def _column_bytes(self, size: int) -> int:
         return sum(column.itemsize for column in self._columns()) * size
@@ -298,11 +320,11 @@ class BlockTree:
         self._column_nbytes = self._column_bytes(len(self.up))
         self._worth_trimming = len(self.up) // 2
         self.capacity = len(self.up) - 2
+        self._easy = self.capacity - self.capacity // _EASE
 
     def _take(self, after: int, count: int) -> list[tuple[int, int]]:
         """Mark numbers as used, right behind `after` as far as they are free, and as few ranges as there can be."""
         self.live += count
-        gap = min(_GAP, count) if not after or self._has_children(after) else _GAP
         taken = []
         start, free = after + 1, self._free_from(after + 1, count) if after else 0
         while True:
@@ -313,10 +335,14 @@ class BlockTree:
                 count -= free
             if not count:
                 return taken
-            start, free = self._find(count, gap)
+            start, free = self._find(count, self._gap(after, count))
 
-    def _has_children(self, block: int) -> bool:
-        return bool(self.first_at[block]) or self.up_at[block + 1] == 1
+    def _gap(self, after: int, count: int) -> int:
+        """Numbers to leave free behind so many blocks: prompts grow by parts of one size, answers block by block."""
+        if count > _GAP:
+            return min(count, _WIDE_GAP)
+        apart = not after or self.first_at[after] or self.up_at[after + 1] == 1
+        return count if apart else _GAP
 
     def _free_from(self, start: int, count: int) -> int:
         """How many numbers from `start` on are free, up to `count`."""
@@ -326,29 +352,37 @@ class BlockTree:
             while at < stop and not self.up_at[at]:
                 at += 1
             return at - start
-        return _leading(self.up[start:stop] == 0)
+        part = self.up[start:stop]
+        return int((part != 0).argmax()) if np.count_nonzero(part) else len(part)
 
     def _find(self, count: int, gap: int) -> tuple[int, int]:
-        """(start, count) of free numbers, `count` at most; there are some."""
+        """(start, count) of free numbers, `count` at most: the smallest extent with enough of them, or the largest."""
         if self._top + count <= len(self.up) - 1:
             start = self._top
             self._top = min(start + count + gap, len(self.up) - 1)
             return start, count
+        swept = 0
         while not self._extents:
-            self._sweep()
-        start, stop = self._extents.pop()
-        free = self._free_from(start, min(count, stop - start))  # some have been taken by the chain before them
-        if start + free + gap < stop:
-            self._extents.append((start + free + gap, stop))
+            self._sweep(_WORTH_TAKING if swept < len(self.up) else 1)
+            swept += _SWEEP
+        extents = self._extents
+        length, start = extents.pop(min(bisect_left(extents, (count + gap, 0)), len(extents) - 1))
+        stop = start + length
+        if self.up_at[start]:  # the chain before it has grown into it
+            start += _leading(self.up[start:stop] != 0)
+        free = self._free_from(start, min(count, stop - start))
+        left = stop - (start + free + gap)
+        if left >= _WORTH_TAKING:
+            insort(extents, (left, stop - left))
         return start, free
 
-    def _sweep(self) -> None:
-        """Look for free numbers in the next part of the columns."""
+    def _sweep(self, least: int) -> None:
+        """Look for extents of so many free numbers, or more, in the next part of the columns."""
         stop = min(self._cursor + _SWEEP, len(self.up) - 1)
         edges = np.flatnonzero(np.diff(self.up[self._cursor : stop] == 0, prepend=False, append=False)) + self._cursor
-        starts, stops = edges[::2], edges[1::2]
-        order = np.argsort(stops - starts, kind="stable")
-        self._extents = list(zip(starts[order].tolist(), stops[order].tolist(), strict=True))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        worth = lengths >= least
+        self._extents = sorted(zip(lengths[worth].tolist(), starts[worth].tolist(), strict=True))
         self._cursor = stop if stop < len(self.up) - 1 else 1
 
     # --- links ---
@@ -368,7 +402,7 @@ class BlockTree:
         children = list(self._along(child))
         if len(children) > _FEW:
             self._fans[parent] = fan = _Fan()
-            self._fan_bytes += fan.nbytes
+            self.fan_bytes += fan.nbytes
             self.first_at[parent] = _FAN
             for each in children:
                 self._spread(parent, fan, each)
@@ -382,7 +416,7 @@ class BlockTree:
         else:
             fan.children.add([key], child)
         fan.count(self.position_at[child] - self.position_at[parent], 1)
-        self._fan_bytes += fan.nbytes - before
+        self.fan_bytes += fan.nbytes - before
         self._widest = max(self._widest, fan.nbytes)
 
     def _detach(self, child: int) -> None:
@@ -414,9 +448,9 @@ class BlockTree:
         else:
             fan.children.drop(entry)
         fan.count(self.position_at[child] - self.position_at[parent], -1)
-        self._fan_bytes += fan.nbytes - before
+        self.fan_bytes += fan.nbytes - before
         if not fan.children:
-            self._fan_bytes -= fan.nbytes
+            self.fan_bytes -= fan.nbytes
             del self._fans[parent]
             self.first_at[parent] = 0
 
@@ -449,4 +483,4 @@ class BlockTree:
 
 def _leading(same: np.ndarray) -> int:
     """How many leading ones."""
-    return len(same) if same.all() else int(same.argmin())
+    return len(same) if np.count_nonzero(same) == len(same) else int(same.argmin())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from picker.prefix.block_placing import COPY_BYTES, Holder, Row, enough_for_arrays, evict
+from picker.prefix.block_placing import COPY_BYTES, Holder, Row, evict
 from picker.prefix.block_tree import BlockTree
 from picker.prefix.block_walk import Walk, Way, boundary, credit
 from picker.prefix.row_sets import TIERS, RowSets
@@ -23,6 +23,7 @@ from picker.types import FloatArray, Int32Array, Int64Array, Reading, Tier, UInt
 WORTH: Mapping[Tier, float] = {Tier.GPU: 1.0, Tier.CPU: 0.8, Tier.DISK: 0.4}
 
 _PLACED_BYTES = 400  # of a block at most: in tree and table, a set of its own, a copy
+_SPARE = 512  # blocks that memory is counted for in advance
 _EVENT_BYTES = 4096  # what an event adds beside its blocks: a root, a fan
 
 
@@ -31,12 +32,13 @@ class Match:
     """What is known of a prompt.
 
     blocks: (rows,) leading blocks that a row holds, in any tier. tokens: (rows,) the same in tokens, those in lower
-    tiers counting less. position, depth_tokens: where the longest held prefix of any row ends, in units of the prompt
-    and in tokens. explored: blocks that were compared.
+    tiers counting less; cached: (rows,) all counting alike. position, depth_tokens: where the longest held prefix of
+    any row ends, in units of the prompt and in tokens. explored: blocks that were compared.
     """
 
     blocks: Int32Array
     tokens: FloatArray
+    cached: FloatArray
     position: int = 0
     depth_tokens: float = 0.0
     explored: int = 0
@@ -50,17 +52,17 @@ class _Best:
         self.tokens = np.zeros(rows)
         self.position = self.explored = 0
         self.depth_tokens = 0.0
-        self._length = np.zeros(rows)  # in tokens, whatever they are worth
+        self.length = np.zeros(rows)  # in tokens, whatever they are worth
 
     def add(self, way: Way, blocks: int, position: int, block_tokens: int) -> None:
         """Consider a way, of which the first `blocks` count; they end at `position`."""
         if not blocks:
             return
         held, worth = credit(way, blocks, len(self.blocks))
-        longer = held * float(block_tokens) > self._length
+        longer = held * float(block_tokens) > self.length
         self.blocks[longer] = held[longer]
         self.tokens[longer] = worth[longer] * block_tokens
-        self._length[longer] = held[longer] * float(block_tokens)
+        self.length[longer] = held[longer] * float(block_tokens)
         if position > self.position:
             self.position, self.depth_tokens = position, float(blocks * block_tokens)
 
@@ -76,13 +78,16 @@ class PreciseIndex:
     def __init__(
         self, budget_bytes: int, rows: int = 64, worth: Mapping[Tier, float] = WORTH, secret: bytes = b""
     ) -> None:
-        self.budget_bytes = budget_bytes
+        self._budget_bytes = budget_bytes
+        self._spare = 0  # blocks that may come before memory is counted again, see `_make_room`
         self.tree = BlockTree()
         self.sets = RowSets(rows)
         self.rows = [Row() for _ in range(rows)]
         self._holders: dict[int, Holder] = {}
         self._row_bytes = sum(row.nbytes for row in self.rows)
         self.evictions = 0  # how often blocks were dropped for want of room: then `truncated` may have changed
+        self._fan_bytes = 0  # of the tree, when memory was counted
+        self._asked: tuple[int, int, int] = (0, 0, 0)  # row, hash, block: what `parent_of` found last
         self._deficits = [1 - worth[tier] for tier in TIERS]
         self._secret = hashlib.blake2b(secret, digest_size=32, person=b"precise").digest()
 
@@ -113,6 +118,7 @@ class PreciseIndex:
     def parent_of(self, row: int, number: int) -> tuple[int, int] | None:
         """(position, key) where the row's block with this hash ends: what a continuation of it begins from."""
         block = self.rows[row].table.get(number)
+        self._asked = row, number, block
         return (self.tree.position_at[block], self.tree.key_at[block]) if block else None
 
     def match(self, reading: Reading, identity: Hashable) -> Match:
@@ -125,7 +131,7 @@ class PreciseIndex:
                 end = way.blocks, self.tree.position_at[way.block]
                 best.add(way, *(end if splits is None else boundary(self.tree, way, splits)), tokens)
             best.explored += walk.explored
-        return Match(best.blocks, best.tokens, best.position, best.depth_tokens, best.explored)
+        return Match(best.blocks, best.tokens, best.length, best.position, best.depth_tokens, best.explored)
 
     # --- learning ---
 
@@ -136,7 +142,7 @@ class PreciseIndex:
         hashes: Sequence[int],
         parent: int | None,
         ends: Int64Array | Sequence[int],
-        keys: UInt64Array,
+        keys: UInt64Array | Sequence[int],
         block_tokens: int,
         tier: Tier = Tier.GPU,
     ) -> int:
@@ -153,32 +159,46 @@ class PreciseIndex:
         if not self._make_room(mine, len(hashes)):
             mine.truncated = True
             return 0
-        start = self._start(mine, chain, parent, block_tokens)
-        if start is None:
+        start = self._start(row, chain, parent, block_tokens)
+        if not start:
             mine.orphans += len(hashes)
             return 0
-        before = mine.nbytes
-        placed = self._holder(row, tier).place(start, hashes, np.asarray(ends, dtype=np.int64), keys)
+        before, holder = mine.nbytes, self._holder(row, tier)
+        if len(hashes) > 1:
+            placed = holder.place(start, hashes, np.asarray(ends, np.int64), np.asarray(keys, np.uint64))
+        else:
+            placed = holder.place_one(start, hashes[0], int(ends[0]), int(keys[0]))
         if not placed:
             self.tree.prune(start)
         self._row_bytes += mine.nbytes - before
         mine.orphans += len(hashes) - placed
         return placed
 
+    def stored_again(self, row: int, hashes: Sequence[int], tier: Tier) -> int:
+        """Blocks are in a further tier of a row's cache, told by their hashes alone. Returns how many were known."""
+        mine = self.rows[row]
+        if not self._make_room(mine, len(hashes)):
+            return 0
+        before, holder = mine.nbytes, self._holder(row, tier)
+        known = sum([holder.copy(number) for number in hashes])
+        self._row_bytes += mine.nbytes - before
+        return known
+
     def removed(self, row: int, hashes: Sequence[int], tier: Tier = Tier.GPU) -> int:
         """One copy of each of these blocks left a tier of the row's cache. Returns how many were known."""
         mine, holder = self.rows[row], self._holder(row, tier)
+        self._changed(len(hashes))
+        if not mine.copies:
+            return holder.remove_all(hashes)  # from a table, which stays as large as it is
         before = mine.nbytes
-        if enough_for_arrays(hashes, mine):
-            known = holder.remove_many(hashes)
-        else:
-            known = sum([holder.remove(number) for number in hashes])
+        known = sum([holder.remove(number) for number in hashes])
         self._row_bytes += mine.nbytes - before
         return known
 
     def clear(self, row: int, tier: Tier | None = None) -> None:
         """The row's cache is empty, or one tier of it."""
         before = self.rows[row].nbytes
+        self._changed(self._spare)
         for each in TIERS if tier is None else (tier,):
             self._holder(row, each).clear()
         if tier is None:
@@ -194,6 +214,7 @@ class PreciseIndex:
         extra = rows - len(self.rows)
         if extra <= 0:
             return
+        self._changed(self._spare)
         added = [Row() for _ in range(extra)]
         self.rows += added
         self._row_bytes += sum(row.nbytes for row in added)
@@ -202,9 +223,19 @@ class PreciseIndex:
             self._holders.clear()
         self._make_room(self.rows[0], 0)
 
+    @property
+    def budget_bytes(self) -> int:
+        """Bound on everything learned; what there is above a lower one goes with the next event."""
+        return self._budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, budget: int) -> None:
+        self._budget_bytes, self._spare = budget, 0
+
     def settle(self) -> None:
         """Hold everything to the budget after the rows were filled from outside."""
         self._row_bytes = sum(row.nbytes for row in self.rows)
+        self._changed(self._spare)
         self._make_room(self.rows[0], 0)
 
     def name(self, identity: Hashable) -> bytes:
@@ -221,23 +252,40 @@ class PreciseIndex:
             self._holders[row] = holder = Holder.of(self.tree, self.sets, self.rows[row], row, tier)
         return holder
 
-    def _start(self, mine: Row, chain: tuple[Hashable, int], parent: int | None, tokens: int) -> int | None:
-        """The block that a chain continues; None where it is not known."""
+    def _start(self, row: int, chain: tuple[Hashable, int], parent: int | None, tokens: int) -> int:
+        """The block that a chain continues; 0 where it is not known."""
         if parent is None:
             return self.tree.root(self.name(chain[0]), tokens)
-        return mine.table.get(parent) or None
+        asked_row, number, block = self._asked
+        return block if block and number == parent and asked_row == row else self.rows[row].table.get(parent)
 
     # --- room ---
 
     def _make_room(self, mine: Row, count: int) -> bool:
-        """Let a row's next blocks in within the budget; False: impossible."""
+        """Let a row's next blocks in within the budget; False: impossible.
+
+        Memory is counted for more blocks than there are, so that those after them need not count, as long as nothing
+        has to grow for them.
+        """
+        tree = self.tree
+        same = mine.table.fits(count) and tree.fits(count + 1) and tree.fan_bytes == self._fan_bytes
+        if count <= self._spare and same:
+            self._spare -= count
+            return True
         if count * _PLACED_BYTES > self.budget_bytes // 2:
             return False  # nobody's other blocks are worth one event of such a size
         while self.nbytes + self._growth(mine, count) > self.budget_bytes:
             if not self.tree.trim() and not self._evict():
                 return False
         self.tree.grow(count + 1)
+        spare = self.nbytes + self._growth(mine, count + _SPARE) + _SPARE * _EVENT_BYTES
+        self._spare, self._fan_bytes = _SPARE if spare <= self.budget_bytes else 0, self.tree.fan_bytes
         return True
+
+    def _changed(self, blocks: int) -> None:
+        """So many blocks may have got new sets without room made for them; parents may be gone."""
+        self._spare -= blocks
+        self._asked = (0, 0, 0)
 
     def _growth(self, mine: Row, count: int) -> int:
         """Bytes at the worst moment of placing so many blocks: each might make a set and be a copy."""
@@ -256,6 +304,7 @@ class PreciseIndex:
         if not mine.table:
             return False
         before = mine.nbytes
+        self._changed(self._spare)
         mine.truncated = True
         self.evictions += 1
         evict(self._holder(row, Tier.GPU))

@@ -51,6 +51,10 @@ class RowSets:
     def bits(self, number: int) -> int:
         return self._bits[number]
 
+    def number(self, bits: int) -> int:
+        """Of the set with these bits; -1 where nobody uses it."""
+        return self._numbers.get(bits, -1)
+
     def by_tier(self, number: int) -> tuple[int, ...]:
         """The rows of each tier, as bits."""
         bits, every = self._bits[number], (1 << self.width) - 1

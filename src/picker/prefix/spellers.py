@@ -6,7 +6,7 @@ blocks themselves, where requests come with the engines' own hashes (virtual tim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,8 +25,8 @@ class Place(NamedTuple):
 class Spelled(NamedTuple):
     """Blocks as an index takes them. ends: (b,) absolute positions in units. keys: (b,) prefix hashes there."""
 
-    ends: Int64Array
-    keys: UInt64Array
+    ends: Int64Array | Sequence[int]
+    keys: UInt64Array | Sequence[int]
 
 
 class Speller(Protocol):
@@ -54,11 +54,19 @@ class ByBytes:
 
     def spell(self, fact: BlocksStored, start: Place) -> Spelled | None:
         vocabulary = self._vocabulary_of(fact.name)
-        spelling = None if vocabulary is None else vocabulary.spell(fact.tokens, fact.block_size)
+        if vocabulary is None or not _is_full(fact):
+            return None
+        spelling = vocabulary.spell_blocks(fact.tokens, fact.block_size)
         if spelling is None:
             return None
-        keys = self._hasher.extend(start.key, start.position, spelling.data, spelling.ends)
-        return None if keys is None else Spelled(spelling.ends + start.position, keys)
+        data, ends = spelling
+        position, key = start
+        if len(ends) == 1:
+            last = self._hasher.extend_by_one(key, position, data)
+            return None if last is None else Spelled((position + len(data),), (last,))
+        counted = np.array(ends)
+        keys = self._hasher.extend(key, position, data, counted)
+        return None if keys is None else Spelled(counted + position, keys)
 
     def read(self, request: Request) -> Reading | None:
         return None
@@ -72,12 +80,19 @@ class ByTokens:
         self._hasher = hasher
 
     def spell(self, fact: BlocksStored, start: Place) -> Spelled | None:
+        if not _is_full(fact):
+            return None
         ends = np.arange(1, len(fact.hashes) + 1, dtype=np.int64) * fact.block_size
         keys = self._hasher.extend(start.key, start.position, np.array(fact.tokens, dtype=np.int64), ends)
         return None if keys is None else Spelled(ends + start.position, keys)
 
     def read(self, request: Request) -> Reading | None:
         return None
+
+
+def _is_full(fact: BlocksStored) -> bool:
+    """Whether the ids fill the blocks, as those of an engine that tells the truth do."""
+    return 0 < len(fact.tokens) == len(fact.hashes) * fact.block_size
 
 
 _NOTHING = np.zeros(1, dtype=np.uint64)

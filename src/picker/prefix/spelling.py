@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +23,17 @@ _CHUNK = 1 << 16  # keys made at a time: half a megabyte
 _UNKNOWN = -1
 _FEW = 64  # ids
 _ALL = (1 << 64) - 1
+_BYTE = np.dtype(np.uint8)
 
 
 class PrefixHasher:
     """Hashes of all prefixes of a run of units under one secret; a unit is a byte or a token id.
 
-    Position i has a secret 64-bit key k_i, and H(n) = H(0) + sum over i < n of (unit_i + 1) * k_i mod 2^64: a
-    multilinear hash (Lemire & Kaser, "Strongly universal string hashing is fast", 2014), which needs one multiplication
-    and one running sum. Two different texts of one length share it with probability at most 2^-56 over the secret,
-    whatever a client chooses (token ids: 2^-64 times the largest power of two that divides a difference of ids). Texts
-    of different lengths may share one, so a hash means something only together with its position.
+    Position i has a secret 64-bit key k_i, and H(n) = H(0) + sum over i < n of unit_i * k_i mod 2^64: a multilinear
+    hash (Lemire & Kaser, "Strongly universal string hashing is fast", 2014), which needs one multiplication and one
+    running sum. Two different texts of one length share it with probability at most 2^-56 over the secret, whatever a
+    client chooses (token ids: 2^-64 times the largest power of two that divides a difference of ids). Texts of
+    different lengths may share one (units of zero add nothing), so a hash means something only with its position.
     """
 
     def __init__(self, secret: bytes, max_units: int = MAX_UNITS) -> None:
@@ -61,10 +63,15 @@ class PrefixHasher:
         if after > self.max_units:
             return None
         keys = self._keys_to(after)[position:after]
-        if len(ends) == 1 and ends[0] == len(units):  # a block of generated tokens: half the time
-            total = np.add(units, 1, dtype=np.uint64).dot(keys)
-            return np.array([start + int(total) & _ALL], dtype=np.uint64)
         return self._summed(units, keys, start)[np.asarray(ends, dtype=np.int64)]
+
+    def extend_by_one(self, start: int, position: int, data: bytes) -> int | None:
+        """As `extend`, the hash at the end of all of `data` alone: several times as fast, for generated blocks."""
+        after = position + len(data)
+        if after > self.max_units:
+            return None
+        added: int = np.vdot(np.frombuffer(data, _BYTE), self._keys_to(after)[position:after]).item()
+        return start + added & _ALL
 
     def _running(self, units: NDArray[np.uint8] | UInt64Array) -> UInt64Array:
         if len(units) > self.max_units:
@@ -75,7 +82,7 @@ class PrefixHasher:
         running = np.empty(len(units) + 1, dtype=np.uint64)
         running[0] = start
         products = running[1:]
-        np.add(units, 1, out=products, dtype=np.uint64)
+        products[:] = units  # first, because numpy multiplies two types more slowly
         products *= keys[: len(units)]
         return np.cumsum(running, out=running)
 
@@ -158,6 +165,22 @@ class Vocabulary:
             return None
         ends = list(itertools.accumulate(map(len, pieces)))  # type: ignore[arg-type]  # none is None: see above
         return Spelling(b"".join(pieces), np.array(ends[every - 1 :: every], dtype=np.int64))  # type: ignore[arg-type]
+
+    def spell_blocks(self, ids: Sequence[int], size: int) -> tuple[bytes, list[int]] | None:
+        """Join what ids stand for, and where each run of `size` of them ends in that; None: an id is not known.
+
+        As `spell`, five times as fast. ids: not negative, full runs of them and at least one.
+        """
+        try:
+            pieces = itemgetter(*ids)(self._table)
+            if len(ids) == size:
+                data = b"".join(pieces) if size > 1 else pieces[:]
+                return data, [len(data)]
+            runs = [b"".join(pieces[at : at + size]) for at in range(0, len(ids), size)]
+            return b"".join(runs), list(itertools.accumulate(map(len, runs)))
+        except (IndexError, TypeError):  # beyond the table, or None in it
+            self.unspelled += 1
+            return None
 
     def learn(self, token: int, data: bytes) -> None:
         """Note what an id stands for. Raises ValueError for a negative id."""

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 import zmq
@@ -19,9 +19,9 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from picker.sources.kv_place import Where, configured, labelled, locate
-from picker.sources.kv_stream import Stream, StreamStats
+from picker.sources.kv_stream import Mark, Resumed, Said, Stream, StreamStats
 from picker.sources.scrape import Fetch
-from picker.types import Endpoint, EndpointAdded, EndpointRemoved, Fact
+from picker.types import CacheCleared, Endpoint, EndpointAdded, EndpointRemoved, Fact
 from picker.wire.kv_events import MAX_BATCH_BYTES
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class KvEventSource:
     """Subscribes to the KV events of the endpoints it was told of.
 
     fetch: e.g. `scrape.AiohttpFetch`, for GET /kv_event_sources. clock: the scheduler's; wall: unix seconds.
+    secret: see `Stream`.
     events, replay: where engines publish that cannot be asked, as "tcp://{host}:5557"; an endpoint's labels `kv-events`
     and `kv-replay` come first. retry: seconds until a second attempt; grows to max_retry.
     connect_timeout, replay_timeout: seconds without a handshake, without another batch of a replay.
@@ -89,6 +90,7 @@ class KvEventSource:
         clock: Callable[[], float],
         rng: random.Random,
         wall: Callable[[], float] = time.time,
+        secret: bytes = b"",
         events: str | None = None,
         replay: str | None = None,
         retry: float = 1.0,
@@ -100,6 +102,7 @@ class KvEventSource:
         self._fetch = fetch
         self._clock = clock
         self._wall = wall
+        self._secret = secret
         self._rng = rng
         self._events = events
         self._replay = replay
@@ -114,6 +117,8 @@ class KvEventSource:
         self._group: asyncio.TaskGroup | None = None
         self._context: zmq.asyncio.Context | None = None
         self._emit: Callable[[Fact], None] = _nowhere
+        self._resumed: Callable[[str], None] = _nobody
+        self._saved: set[str] = set()
 
     @property
     def stats(self) -> Mapping[str, StreamStats]:
@@ -139,7 +144,8 @@ class KvEventSource:
         if known is not None:
             self.remove(endpoint.name)
         stats = known.stream.stats if known is not None else StreamStats()
-        follower = _Follower(endpoint, Stream(endpoint.name, stats=stats), moved=known is not None)
+        stream = Stream(endpoint.name, stats=stats, secret=self._secret)
+        follower = _Follower(endpoint, stream, moved=known is not None)
         self._followers[endpoint.name] = follower
         self._start(follower)
 
@@ -148,6 +154,28 @@ class KvEventSource:
         follower = self._followers.pop(name, None)
         if follower is not None and follower.task is not None:
             follower.task.cancel()
+
+    def marks(self) -> Mapping[str, Mark]:
+        """Where each stream has got to; all it says of what came before has been emitted. Call it within `quiet`."""
+        marks = {name: follower.stream.mark() for name, follower in self._followers.items()}
+        return {name: mark for name, mark in marks.items() if mark is not None}
+
+    def resume(self, marks: Mapping[str, Mark], resumed: Callable[[str], None]) -> None:
+        """Go on from marks, where engines have: then `resumed` is called with the name, else the stream begins anew.
+
+        Before `run`; marks of endpoints that are not known are ignored.
+        """
+        self._resumed = resumed
+        for name, mark in marks.items():
+            if name in self._followers:
+                self._followers[name].stream.resume(mark)
+                self._saved.add(name)
+
+    @asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """Nothing is emitted meanwhile, and all that was said of earlier batches has been. Be quick: they pile up."""
+        async with self._turn:
+            yield
 
     async def run(self, emit: Callable[[Fact], None]) -> None:
         """Follow until cancelled. Every endpoint has a task of its own in this group."""
@@ -174,7 +202,8 @@ class KvEventSource:
 
     async def _follow(self, follower: _Follower) -> None:
         if follower.moved:
-            await self._deliver(follower.stream.absent("it moved to another address"))
+            async with self._turn:
+                await self._deliver(follower.stream.absent("it moved to another address"))
         while True:
             follower.steady = False
             try:
@@ -187,7 +216,8 @@ class KvEventSource:
             if follower.steady:
                 follower.failures = 0
             else:
-                await self._deliver(follower.stream.absent(reason))
+                async with self._turn:
+                    await self._deliver(follower.stream.absent(reason))
             await self._sleep(self._pause(follower))
 
     def _pause(self, follower: _Follower) -> float:
@@ -206,8 +236,9 @@ class KvEventSource:
                 return f"no publisher answers at {where.events}"
             if follower.stream.rank is None:
                 follower.stream.rank = where.rank
-            said = follower.stream.connected(replay=where.replay is not None, now=self._clock())
-            await self._deliver(said)
+            async with self._turn:
+                said = follower.stream.connected(replay=where.replay is not None, now=self._clock())
+                await self._deliver(said)
             reason = await self._read(follower, where, sockets)
         follower.steady = self._clock() - began >= STEADY
         return reason
@@ -252,21 +283,35 @@ class KvEventSource:
                     break
             await asyncio.sleep(0)
 
-    def _received(self, stream: Stream, frames: Sequence[bytes]) -> Sequence[Fact]:
+    def _received(self, stream: Stream, frames: Sequence[bytes]) -> Sequence[Said]:
         """The facts of one message: topic, number, payload."""
         if len(frames) != 3 or len(frames[1]) != 8:
             stream.stats.bad += 1
             return ()
         return stream.receive(_number(frames[1]), frames[2], now=self._clock(), wall=self._wall())
 
-    async def _deliver(self, facts: Sequence[Fact]) -> None:
-        """Emit in order; a batch may take more than one turn."""
+    async def _deliver(self, said: Sequence[Said]) -> None:
+        """Emit in order; a batch may take more than one turn. Whoever calls it has the turn."""
         until = self._clock() + TURN
-        for fact in facts:
-            self._emit(fact)
+        for fact in said:
+            if fact.name in self._saved:
+                self._note_resumption(fact)
+            if not isinstance(fact, Resumed):
+                self._emit(fact)
             if self._clock() >= until:
                 await asyncio.sleep(0)
                 until = self._clock() + TURN
+
+    def _note_resumption(self, fact: Said) -> None:
+        """The first word about a saved stream says what became of it."""
+        if isinstance(fact, CacheCleared):
+            return  # and why follows
+        self._saved.discard(fact.name)
+        if isinstance(fact, Resumed):
+            log.info("%s: its KV events go on where they were saved", fact.name)
+            self._resumed(fact.name)
+        else:
+            log.info("%s: what was saved of it is dropped: %s", fact.name, getattr(fact, "reason", "it began anew"))
 
     # --- replays ---
 
@@ -278,8 +323,9 @@ class KvEventSource:
             began = self._clock()
             while stream.wants is not None:
                 complete = where.replay is not None and await self._ask(stream, where.replay)
-                said = stream.replay_ended(complete=complete, now=self._clock(), wall=self._wall())
-                await self._deliver(said)
+                async with self._turn:
+                    said = stream.replay_ended(complete=complete, now=self._clock(), wall=self._wall())
+                    await self._deliver(said)
         # An engine that makes us ask all the time gets a fifth of the time.
         follower.replay_at = self._clock() + 4 * (self._clock() - began)
 
@@ -315,7 +361,7 @@ class KvEventSource:
             await asyncio.sleep(0)
         return False
 
-    def _replayed(self, stream: Stream, frames: Sequence[bytes]) -> Sequence[Fact]:
+    def _replayed(self, stream: Stream, frames: Sequence[bytes]) -> Sequence[Said]:
         """The facts of one reply: [topic,] number, payload, behind an empty frame."""
         if not 3 <= len(frames) <= 4 or len(frames[-2]) != 8:
             stream.stats.bad += 1
@@ -380,6 +426,10 @@ def _is_end(frames: Sequence[bytes]) -> bool:
 
 def _number(frame: bytes) -> int:
     return int.from_bytes(frame, "big")
+
+
+def _nobody(name: str) -> None:
+    """Whom resumed streams are told while nobody asked."""
 
 
 def _nowhere(fact: Fact) -> None:

@@ -7,13 +7,12 @@ stream is worth (`EventState`). No sockets, no clock: `sources.kv_events` brings
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass, field
 
 from picker.errors import WireError
 from picker.types import BlocksRemoved, BlocksStored, CacheCleared, EventsChanged, EventState
 from picker.wire.kv_events import Told, decode_batch, tell
-
-Said = BlocksStored | BlocksRemoved | CacheCleared | EventsChanged
 
 BAD_IN_A_ROW = 3  # unreadable batches until the stream is not believed
 # vLLM's ROUTER drops what is beyond 1,000 unsent messages to one client, and keeps 10,000 batches: a whole replay may
@@ -24,6 +23,32 @@ DISTRUST = 30.0  # after a batch that cannot be true; doubles each time
 MAX_DISTRUST = 960.0
 
 _LIVE = frozenset({EventState.WHOLE, EventState.PARTIAL})
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a stream has got to, to go on from there in another process.
+
+    next: the number of the batch that is due. digest: of the last one applied, keyed. ts: when that was made, in unix
+    seconds. state, reason: what the stream was worth.
+    """
+
+    next: int
+    digest: bytes
+    ts: float
+    rank: int | None
+    state: EventState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The engine `name` goes on where a mark ended: all that was known then is true, and what follows is new."""
+
+    name: str
+
+
+Said = BlocksStored | BlocksRemoved | CacheCleared | EventsChanged | Resumed
 
 
 @dataclass(slots=True)
@@ -73,7 +98,8 @@ class _Round:
 class Stream:
     """The stream of the endpoint `name`.
 
-    rank: the data-parallel rank whose batches count; None: that of the first batch that names one.
+    rank: the data-parallel rank whose batches count; None: that of the first batch that names one. secret: batches are
+    told apart by digests under it, so that a mark shows nothing of what they hold.
     After `connected`, and whenever `wants` is a number, a replay from there is to be made before the next `receive`:
     each of its batches goes to `replayed`, and then `replay_ended` says whether its end marker came. `now`: monotonic
     seconds; `wall`: unix seconds.
@@ -82,14 +108,16 @@ class Stream:
     name: str
     rank: int | None = None
     stats: StreamStats = field(default_factory=StreamStats)
+    secret: bytes = field(default=b"", repr=False)
     state: EventState | None = None
     wants: int | None = None
     _reason: str = ""
     _phase: _Phase = _Phase.LIVE
     _next: int | None = None
     _live: int | None = None
-    _last: int = 0  # hash of the last payload applied
+    _last: bytes = b""  # digest of the last payload applied
     _last_ts: float = 0.0
+    _resuming: bool = False
     _pending: tuple[int, bytes] | None = None
     _round: _Round | None = None
     _rounds: int = 0
@@ -98,6 +126,20 @@ class Stream:
     _bad: int = 0
     _doubts: int = 0
     _doubted_until: float = 0.0
+
+    # --- another process's stream ---
+
+    def mark(self) -> Mark | None:
+        """Where it has got to; None where there is nothing to go on from. Call it between batches."""
+        if self.state is None or self.state not in _LIVE or not self._next or not self._last:
+            return None
+        return Mark(self._next, self._last, self._last_ts, self.rank, self.state, self._reason)
+
+    def resume(self, mark: Mark) -> None:
+        """Go on from a mark, if the engine has: says `Resumed`, or begins anew. Before the first `connected`."""
+        self._next, self._last, self._last_ts = mark.next, mark.digest, mark.ts
+        self.rank, self.state, self._reason = mark.rank, mark.state, mark.reason
+        self._resuming = True
 
     # --- connections ---
 
@@ -109,7 +151,8 @@ class Stream:
         if self._can_ask(now) and self._next > 0:
             self._ask(_Phase.VERIFYING, self._next - 1)
             return []
-        return self._anew(now, "its connection was interrupted, and it replays nothing to tell what was missed")
+        what = "picker was away" if self._resuming else "its connection was interrupted"
+        return self._anew(now, f"{what}, and it replays nothing to tell what was missed")
 
     def absent(self, reason: str) -> list[Said]:
         """No connection can be had. What was known is void."""
@@ -142,8 +185,8 @@ class Stream:
             return []
         first, current.heard = not current.heard, True
         if first and self._phase is _Phase.VERIFYING:
-            current.stranger = seq != current.start or hash(payload) != self._last
-            return []
+            current.stranger = seq != current.start or self._digest(payload) != self._last
+            return [] if current.stranger or not self._resuming else self._resumed()
         said: list[Said] = []
         if first and seq > current.start:  # the first reply is never dropped: the engine has no older batch
             said = self._begin(
@@ -191,7 +234,8 @@ class Stream:
             return self._begin(EventState.PARTIAL, "its replay did not answer")
         if phase is _Phase.VERIFYING and not current.heard:
             self._next = None
-            return self._begin(EventState.PARTIAL, "its connection was interrupted, and its replay did not answer")
+            what = "picker was away" if self._resuming else "its connection was interrupted"
+            return self._begin(EventState.PARTIAL, f"{what}, and its replay did not answer")
         return []
 
     def _settle(self, now: float, wall: float) -> list[Said]:
@@ -261,7 +305,12 @@ class Stream:
             said += self._begin(EventState.PARTIAL, "the engine restarted, and its first batches were missed")
         return said + self._join(seq, payload, now, wall)
 
+    def _resumed(self) -> list[Said]:
+        self._resuming = False
+        return [Resumed(self.name)]
+
     def _forget(self) -> None:
+        self._resuming = False
         self._next = self._live = self._pending = self._round = self.wants = None
         self._phase, self._bad, self._doubts, self._doubted_until = _Phase.LIVE, 0, 0, 0.0
 
@@ -279,7 +328,7 @@ class Stream:
         said: list[Said] = []
         if lost and self.state in _LIVE:
             said.append(EventsChanged(self.name, EventState.SUSPECT, reason))
-        self.state, self._bad = state, 0
+        self.state, self._reason, self._bad, self._resuming = state, reason, 0, False
         return [*said, EventsChanged(self.name, state, reason)]
 
     def _apply(self, seq: int, payload: bytes, now: float, wall: float) -> list[Said]:
@@ -302,8 +351,11 @@ class Stream:
             return self._doubt(f"an event has {told.wrong}", now)
         return self._believe(told, now)
 
+    def _digest(self, payload: bytes) -> bytes:
+        return hashlib.blake2b(payload, digest_size=16, key=self.secret[:64], person=b"batch").digest()
+
     def _note(self, seq: int, payload: bytes) -> None:
-        self._next, self._last = seq + 1, hash(payload)
+        self._next, self._last = seq + 1, self._digest(payload)
         self.stats.batches += 1
         self.stats.last_seq = seq
 

@@ -85,17 +85,10 @@ def _message(message: Mapping[str, Any], parts: bool) -> tuple[Message, bool]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise Unreadable("a message without a role")
-    if content is None:
-        content = []
-    elif isinstance(content, str):
-        content = [content]
-    elif not isinstance(content, list):
-        raise Unreadable("content is neither text nor a list")
-    if role == "system":
-        content = list(_without_billing(content))
-    read = [part for each in content if (part := _part(each)) is not None]
-    media = any(part["type"] in ("image", "audio", "video") for part in read)
-    parsed: Message = {"role": role, "content": read if parts else _joined(read)}
+    parsed: Message = {"role": role, "content": content}
+    media = False
+    if role == "system" or parts or not isinstance(content, str):
+        parsed["content"], media = _content(content, parts, system=role == "system")
     if role == "assistant":
         _add_assistant(parsed, message)
     elif role == "tool":
@@ -106,6 +99,21 @@ def _message(message: Mapping[str, Any], parts: bool) -> tuple[Message, bool]:
     if role == "developer":
         parsed["tools"] = message.get("tools")
     return parsed, media
+
+
+def _content(content: object, parts: bool, *, system: bool) -> tuple[list[Message] | str, bool]:
+    """Content as the template gets it, and whether it holds media."""
+    if content is None:
+        content = []
+    elif isinstance(content, str):
+        content = [content]
+    elif not isinstance(content, list):
+        raise Unreadable("content is neither text nor a list")
+    if system:
+        content = list(_without_billing(content))
+    read = [part for each in content if (part := _part(each)) is not None]
+    media = any(part["type"] in ("image", "audio", "video") for part in read)
+    return (read if parts else _joined(read)), media
 
 
 def _joined(parts: list[Message]) -> str:

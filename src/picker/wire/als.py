@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from picker.errors import WireError
 from picker.types import FailureReason
+from picker.wire.addresses import plain_address
 
 Entry: TypeAlias = accesslog_pb2.HTTPAccessLogEntry
 Common: TypeAlias = accesslog_pb2.AccessLogCommon
@@ -102,7 +103,7 @@ def _address(common: Common) -> str | None:
     if not address.address:
         return None
     host = f"[{address.address}]" if ":" in address.address else address.address
-    return f"{host}:{address.port_value}"
+    return plain_address(f"{host}:{address.port_value}")
 
 
 def _seconds(duration: object) -> float:

@@ -8,7 +8,6 @@ What a request means, and in which phase an event is allowed, is the `Exchange`'
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -32,6 +31,7 @@ from picker.exchange import (
     ResponseBody,
     ResponseHead,
 )
+from picker.wire.addresses import plain_address
 
 ProcessingRequest: TypeAlias = external_processor_pb2.ProcessingRequest
 ProcessingResponse: TypeAlias = external_processor_pb2.ProcessingResponse
@@ -77,7 +77,7 @@ CONTROL_HEADERS = (
 
 # Envoy's name for the address that a request went to, among the attributes of a message.
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
-_UPSTREAM_ADDRESS = "upstream.address"
+UPSTREAM_ADDRESS = "upstream.address"
 
 _NO_BODY = processing_mode_pb2.ProcessingMode.NONE
 _FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
@@ -141,7 +141,7 @@ class Codec:
             case "request_headers":
                 lean = self._mark is not None
                 _check_modes(message, lean=lean)
-                return _request_head(message, followed=not lean)
+                return _request_head(message, followed=not lean, walked=self._fallbacks)
             case "response_headers":
                 return _response_head(message)
             case "request_trailers":
@@ -221,11 +221,11 @@ def _check_modes(message: ProcessingRequest, *, lean: bool) -> None:
         )
 
 
-def _request_head(message: ProcessingRequest, *, followed: bool) -> RequestHead:
+def _request_head(message: ProcessingRequest, *, followed: bool, walked: bool) -> RequestHead:
     http = message.request_headers
     headers = _headers(http)
     method, path = headers.get(":method", "GET"), headers.get(":path", "/")
-    return RequestHead(method, path, headers, http.end_of_stream, _subset(message), followed)
+    return RequestHead(method, path, headers, http.end_of_stream, _subset(message), followed, walked)
 
 
 def _response_head(message: ProcessingRequest) -> ResponseHead:
@@ -240,7 +240,7 @@ def _response_head(message: ProcessingRequest) -> ResponseHead:
 def _headers(http: HttpHeaders) -> dict[str, str]:
     """By name in lower case, pseudo-headers too; of a repeated header the last line."""
     return {
-        header.key.lower(): header.raw_value.decode("latin-1") if header.raw_value else header.value
+        header.key.lower(): raw.decode("latin-1") if (raw := header.raw_value) else header.value
         for header in http.headers.headers
     }
 
@@ -267,28 +267,13 @@ def _subset(message: ProcessingRequest) -> frozenset[str] | None:
     return frozenset(plain_address(entry.strip()) for entry in entries if entry.strip())
 
 
-def plain_address(text: str) -> str:
-    """An address with or without a port as it is usually written: IPv6 in its shortest form, in brackets before a port.
-
-    What is no IPv6 address is returned as it is: "10.0.0.1:8000", "[FD00:0::1]:8000" -> "[fd00::1]:8000".
-    """
-    if text.count(":") < 2:
-        return text
-    host, closed, port = text.removeprefix("[").partition("]")
-    try:
-        address = ipaddress.IPv6Address(host).compressed
-    except ValueError:
-        return text
-    return f"[{address}]{port}" if closed and port else address
-
-
 def _served_by(message: ProcessingRequest) -> str | None:
     """The verdict's counterpart in metadata, else what Envoy says of the upstream where it is asked for it."""
     namespaces = message.metadata_context.filter_metadata
     if LOAD_BALANCING in namespaces and DESTINATION_SERVED in namespaces[LOAD_BALANCING].fields:
-        return namespaces[LOAD_BALANCING].fields[DESTINATION_SERVED].string_value or None
-    if _ATTRIBUTES in message.attributes and _UPSTREAM_ADDRESS in message.attributes[_ATTRIBUTES].fields:
-        return message.attributes[_ATTRIBUTES].fields[_UPSTREAM_ADDRESS].string_value or None
+        return plain_address(namespaces[LOAD_BALANCING].fields[DESTINATION_SERVED].string_value) or None
+    if _ATTRIBUTES in message.attributes and UPSTREAM_ADDRESS in message.attributes[_ATTRIBUTES].fields:
+        return plain_address(message.attributes[_ATTRIBUTES].fields[UPSTREAM_ADDRESS].string_value) or None
     return None
 
 

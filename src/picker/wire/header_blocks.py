@@ -10,6 +10,8 @@ MAX_HEADER_BLOCK = 65_536
 
 _PATH_INDICES = (4, 5)  # of ":path" in the static table
 _PATHS = 100  # remembered; a data plane calls two or three
+_BLOCKS = 100  # remembered; a data plane calls with the same few headers every time
+_USUAL_BYTES = 1024  # of a block worth remembering
 
 
 class HeaderBlockError(Exception):
@@ -21,12 +23,13 @@ class HeaderBlocks:
 
     Until the peer has acknowledged our settings it may use a table of headers that came before, and a full decoder
     follows it. After that every block stands for itself: fields are skipped by their lengths, nothing is decoded but
-    the path, and that only when its bytes have not been seen before.
+    the path, and that only when its bytes have not been seen before. Of blocks that come again not even that is done.
     """
 
     def __init__(self) -> None:
         self._decoder: hpack.Decoder | None = hpack.Decoder(max_header_list_size=MAX_HEADER_BLOCK)
         self._paths: dict[bytes, str] = {}
+        self._blocks: dict[bytes, str | None] = {}
 
     def table_is_gone(self) -> None:
         self._decoder = None
@@ -35,6 +38,15 @@ class HeaderBlocks:
         """The `:path` of a block, or None where it has none; raises HeaderBlockError when it cannot be read."""
         if self._decoder is not None:
             return _full_path(self._decoder, block)
+        if block in self._blocks:
+            return self._blocks[block]
+        path = self._path_alone(block)
+        if len(self._blocks) < _BLOCKS and len(block) <= _USUAL_BYTES:
+            self._blocks[block] = path
+        return path
+
+    def _path_alone(self, block: bytes) -> str | None:
+        """Of a block that stands for itself."""
         try:
             raw = next((value for index, value in _fields(block) if index in _PATH_INDICES), None)
         except IndexError:

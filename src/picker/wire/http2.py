@@ -113,7 +113,12 @@ class Connection:
     """
 
     def __init__(
-        self, *, max_message_bytes: int = 64 * 1024 * 1024, max_streams: int = 100_000, stream_window: int = 1024 * 1024
+        self,
+        *,
+        max_message_bytes: int = 64 * 1024 * 1024,
+        max_streams: int = 100_000,
+        stream_window: int = 1024 * 1024,
+        headers: HeaderBlocks | None = None,
     ) -> None:
         self._max_message = max_message_bytes
         self._max_streams = max_streams
@@ -128,7 +133,7 @@ class Connection:
         self._initial_window = _DEFAULT_WINDOW
         self._max_frame = 16_384
         self._uncredited = 0
-        self._headers = HeaderBlocks()
+        self._headers = headers or HeaderBlocks()
         self._block: tuple[int, int, bytes] | None = None  # a header block that CONTINUATION goes on with
         self._going_away = False
         settings = [(_HEADER_TABLE_SIZE, 0), (_MAX_STREAMS, max_streams), (_INITIAL_WINDOW, stream_window)]
@@ -239,7 +244,8 @@ class Connection:
             events.append(Message(stream.id, bytes(buffer[at + 5 : at + 5 + length])))
             stream.unread += length + 5
             at += 5 + length
-        stream.parts = bytearray(buffer[at:])
+        if at < size or stream.parts:
+            stream.parts = bytearray(buffer[at:])
 
     def _refuse(self, stream: _Stream, code: int, events: list[Event]) -> None:
         self.end(stream.id, code, "the message is compressed or too long")

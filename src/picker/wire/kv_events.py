@@ -209,7 +209,8 @@ class Told:
 def tell(events: Iterable[Event], name: str) -> Told:
     """The facts of a batch about the endpoint `name`, in its order; removals that follow each other become one fact.
 
-    A store whose tokens do not fill its blocks is left out and named in `wrong`.
+    A store whose tokens do not fill its blocks is left out and named in `wrong`. One without any tells of blocks by
+    their hashes alone: offloading connectors of vLLM, of lower tiers.
     """
     told = Told()
     gone: list[Hash] = []
@@ -241,12 +242,12 @@ def _flush(told: Told, name: str, last: Removed, gone: list[Hash]) -> None:
 
 
 def _store(told: Told, name: str, event: Stored) -> None:
-    if not event.hashes:  # a window's group when it only moved on
-        return
     hashes, tokens, kind = event.hashes, event.tokens, event.kind
+    if not hashes:  # a window's group when it only moved on
+        return
     blocks = len(hashes)
     if len(tokens) != blocks * event.block_size:
-        if kind is None or kind in _SPELLED:
+        if tokens and (kind is None or kind in _SPELLED):
             told.wrong = f"{len(tokens)} tokens in {blocks} blocks of {event.block_size}"
             told.dropped += 1
             return
@@ -273,10 +274,9 @@ def _store(told: Told, name: str, event: Stored) -> None:
 
 def _covered(event: Stored) -> tuple[str | None, tuple[str | None, ...]]:
     """The salt, and by block what its hash covers beside tokens, adapter and salt; () where that is nothing."""
-    salt = event.cache_salt
-    if salt is None:
+    salt, keys = event.cache_salt, event.extra_keys
+    if salt is None and (event.lora_name or event.session):
         salt = _salt_of(event.lora_name) or _salt_of(event.session)
-    keys = event.extra_keys
     if keys is None or keys.count(None) == len(keys):
         return salt, ()
     found, media = _extras(keys, len(event.hashes), event.lora_name or event.lora_id, event.parent is None)
