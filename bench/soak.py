@@ -35,9 +35,9 @@ from picker.bench import machine
 MODEL = "soak"
 _TIMEOUT = 60.0  # seconds until an answer counts as hanging
 _SETTLED = 30.0  # seconds that the last request may take to be told of
-_NEAR = 1.5  # seconds that Envoy may take to notice that picker is there again
 _SOON = 0.2  # seconds that the end of a killed pod's connections may take to reach a client
 _POD_HEADER = "x-soak-pod"  # which pod a response is of, as Envoy says
+_WHY_HEADER = "x-soak-why"  # where a status comes from, as Envoy says
 _ABORTED = 0.15  # share of clients that leave
 _QUIET = (20_000, 32_000)  # ports; below what Linux takes for outgoing connections
 _TAKEN: set[int] = set()
@@ -160,12 +160,14 @@ class Soak:
         with _during(self._away):
             await self._picker.stop(kill=False)
             await self._start_picker(port)
-            await self._ready()
+            await self._answering(f"{self._admin}/readyz")
+            # Envoy asks only now and then whether picker is there again.
+            await self._answering(self._url.replace("/completions", "/models"))
 
-    async def _ready(self) -> None:
+    async def _answering(self, url: str) -> None:
         async with aiohttp.ClientSession() as session:
             while True:
-                async with session.get(f"{self._admin}/readyz") as response:
+                async with session.get(url) as response:
                     if response.status == 200:
                         return
                 await asyncio.sleep(0.05)
@@ -258,6 +260,8 @@ class Soak:
                     pod = response.headers.get(_POD_HEADER) if response.status == 200 else None
                     answer = await response.read()
                     found = _whole(response.status, answer, stream=stream)
+                    if found:
+                        found += f" ({response.headers.get(_WHY_HEADER)})"
         except TimeoutError:
             found = None if leaves is not None else "no answer in time"
         except aiohttp.ClientError as error:
@@ -270,7 +274,7 @@ class Soak:
             figures.lost.append(found)
         elif pod is not None and _met(self._dead.get(pod, ()), begun, _SOON):
             figures.cut += 1
-        elif _met(self._away, begun, _NEAR):
+        elif _met(self._away, begun, 0.0):
             figures.away += 1
         else:
             figures.lost.append(found)
@@ -318,12 +322,13 @@ def _during(times: list[tuple[float, float]]) -> Iterator[None]:
 
 
 def _name_pods(config: envoy.Json) -> None:
-    """Have Envoy say which pod each response is of."""
-    header = {"key": _POD_HEADER, "value": "%UPSTREAM_REMOTE_ADDRESS%"}
+    """Have Envoy say which pod each response is of, and who made it."""
+    said = {_POD_HEADER: "%UPSTREAM_REMOTE_ADDRESS%", _WHY_HEADER: "%RESPONSE_CODE_DETAILS%"}
+    headers = [{"header": {"key": key, "value": value}} for key, value in said.items()]
     for listener in config["static_resources"]["listeners"]:
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         for host in manager["route_config"]["virtual_hosts"]:
-            host["response_headers_to_add"] = [{"header": header}]
+            host["response_headers_to_add"] = headers
 
 
 def _entry(address: str) -> dict[str, str | int]:

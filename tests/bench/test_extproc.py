@@ -37,6 +37,9 @@ def test_every_row_has_the_keys_of_the_contract() -> None:
         assert (row["prompt_bytes"], row["chunks"]) == (512, 3)
         assert row["picker_cpu_us_per_request"] > 0
         assert row["envoy_cpu_us_per_request"] > 0
+        idle_us = row["picker_idle_cores"] * 1e6 / row["requests_per_s"]
+        net = row["picker_cpu_us_per_request"] - idle_us
+        assert row["picker_net_cpu_us_per_request"] == pytest.approx(net, abs=1.0)
 
 
 @pytest.mark.e2e

@@ -3,7 +3,8 @@
 One Envoy with one worker and two listeners, with and without picker, in front of the same upstream; every repeat
 measures both in turn. Mode `full` is both directions over ext-proc, as the endpoint-picker protocol has it; `lean` is
 the request alone, and Envoy's access log instead of the response. With several workers, Envoy has a thread for each,
-since every thread keeps a connection of its own; all of picker's processes stay on one core.
+since every thread keeps a connection of its own; all of picker's processes stay on one core. Few long answers a second
+bear all of what picker uses when nothing passes through it (scrapes): the net figure leaves that out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from picker.children import supervised
 from picker.config import EPP_MODES
 
 COLUMNS = (
-    *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request", "envoy_cpu_us_per_request"),
+    *("mode", "prompt_bytes", "chunks", "requests_per_s", "picker_cpu_us_per_request"),
+    *("picker_net_cpu_us_per_request", "envoy_cpu_us_per_request"),
     *("added_p50_ms", "added_p99_ms", "latency_requests", "added_chunk_p50_ms", "picker_cores", "plain_requests_per_s"),
 )
 # Beside those, where several workers share one decider.
@@ -85,6 +87,7 @@ async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, fl
     with_picker = await closed_loop(behind, seconds=seconds, processes=gateway.pids)
     without = await closed_loop(plain, seconds=seconds, processes=gateway.pids)
     rate = modest_rate(with_picker.requests_per_s)
+    idle = without.cores["picker"]
     latency = await open_loop(behind, seconds=seconds, rate=rate)
     return {
         "requests_per_s": with_picker.requests_per_s,
@@ -93,6 +96,8 @@ async def _repeat(gateway: _Gateway, case: Case, seconds: float) -> dict[str, fl
         "envoy_cpu_us_per_request": with_picker.cpu_us["envoy"],
         **added(latency, await open_loop(plain, seconds=seconds, rate=rate)),
         "picker_cores": with_picker.cores["picker"],
+        "picker_idle_cores": idle,
+        "picker_net_cpu_us_per_request": with_picker.cpu_us["picker"] - idle * 1e6 / with_picker.requests_per_s,
         "envoy_cores": with_picker.cores["envoy"],
         "plain_requests_per_s": without.requests_per_s,
         "plain_envoy_cpu_us_per_request": without.cpu_us["envoy"],

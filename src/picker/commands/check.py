@@ -146,9 +146,13 @@ def command(
     )
     if Tier.T2 in plan.tiers:
         session.need_envoy(envoy_binary)
-    done = _run(plan)
     named = (*(str(path) for path in papers), *sources.engines, *([] if sources.admin is None else [sources.admin]))
     subject = "picker" if own else epp or ", ".join(named)
+    ctx.exit(_conclude(_run(plan), subject, seed=seed, output=output, as_json=as_json))
+
+
+def _conclude(done: session.Run, subject: str, *, seed: int, output: Path | None, as_json: bool) -> int:
+    """Say and write what came of it; the exit status."""
     written = report.document(done.verdicts, subject=subject, envoy=sorted(done.envoy), seed=seed)
     if output is not None:
         report.write(output, done.verdicts, written)
@@ -157,7 +161,7 @@ def command(
     else:
         _print(done.verdicts, written)
     counts = report.counted(done.verdicts)
-    ctx.exit(0 if counts[Outcome.PASS] and not counts[Outcome.FAIL] + counts[Outcome.ERROR] else 1)
+    return 0 if counts[Outcome.PASS] and not counts[Outcome.FAIL] + counts[Outcome.ERROR] else 1
 
 
 def _refuse_nonsense(
