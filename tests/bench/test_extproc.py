@@ -39,6 +39,7 @@ def test_every_row_has_the_keys_of_the_contract() -> None:
         assert row["envoy_cpu_us_per_request"] > 0
         idle_us = row["picker_idle_cores"] * 1e6 / row["requests_per_s"]
         net = row["picker_cpu_us_per_request"] - idle_us
+        assert row["slow_picker_cpu_us_per_request"] > 0
         assert row["picker_net_cpu_us_per_request"] == pytest.approx(net, abs=1.0)
 
 

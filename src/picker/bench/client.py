@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import gc
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -61,10 +62,14 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """(n,) seconds by request until the first byte, and of each chunk from upstream to client."""
+    """(n,) seconds by request until the first byte, and of each chunk from upstream to client.
+
+    cpu_us: CPU time of a request by process, all that it used meanwhile included.
+    """
 
     first_byte: np.ndarray
     chunk: np.ndarray
+    cpu_us: Mapping[str, float] = field(default_factory=dict)
 
 
 async def answers(traffic: Traffic) -> bool:
@@ -104,22 +109,26 @@ async def closed_loop(traffic: Traffic, *, seconds: float, processes: Mapping[st
     )
 
 
-async def open_loop(traffic: Traffic, *, seconds: float, rate: float) -> Latency:
+async def open_loop(
+    traffic: Traffic, *, seconds: float, rate: float, processes: Mapping[str, int] = MappingProxyType({})
+) -> Latency:
     """Send `rate` requests a second for `seconds`, at least `_FEWEST`, whatever comes back; wait for all answers.
 
-    Time counts from when a request is sent: nothing that is sent waits for an answer. Chunks go at a fixed pace.
+    processes: pids by name, for their CPU time. Time counts from when a request is sent: nothing that is sent waits
+    for an answer. Chunks go at a fixed pace.
     """
     count = max(_FEWEST, round(seconds * rate))
     async with _running(traffic, 4, gap=_GAP) as load:
         with _without_gc():
-            started = perf_counter()
+            before, started = _cpu(processes), perf_counter()
             for number in range(count):
                 await load.pause(started + number / rate - perf_counter())
                 load.ask(load.idle.pop() if load.idle else await load.connect())
             await load.until(lambda: load.ended >= count, timeout=_PATIENCE + traffic.response.chunks * _GAP)
+            cpu_us = {name: (after - before[name]) / count * 1e6 for name, after in _cpu(processes).items()}
     first_bytes = [ask.first_byte for ask in load.answered]
     chunks = [delay for ask in load.answered for delay in ask.delays]
-    return Latency(np.array(first_bytes), np.array(chunks))
+    return Latency(np.array(first_bytes), np.array(chunks), cpu_us)
 
 
 def _cpu(processes: Mapping[str, int]) -> dict[str, float]:
