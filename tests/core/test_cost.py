@@ -153,6 +153,15 @@ def test_a_cache_that_is_just_full_costs_half_the_share_taken_for_as_long_as_it_
     assert memory(pool(a={"kv_capacity": 600})) == pytest.approx([0.5 * 1.0 * 2.52**2], rel=0.02)
 
 
+def test_memory_is_dear_where_many_come_who_would_wait_and_more_come_to_the_fast() -> None:
+    """Four times the speed: a quarter of the time held, squared, and four times as many who would wait."""
+    taught = busy(learned(output_tokens=20.0, step=0.1), arrivals=1.0, load=0.0)
+    for factors in (taught.prefill_speed, taught.decode_speed):
+        speeds(factors, (0.5, 2.0))
+    slow, fast = terms(pool(slow={"kv_capacity": 600}, fast={"kv_capacity": 600}), learned=taught)["memory"]
+    assert slow / fast == pytest.approx(16 / 4, rel=0.02)
+
+
 def test_memory_costs_next_to_nothing_until_the_cache_is_nearly_full() -> None:
     levels = (0.0, 0.5, 0.8, 0.95, 1.0, 2.0)
     made = pool(**{f"a{number}": cache(filled=level, requests=100) for number, level in enumerate(levels)})
@@ -270,9 +279,10 @@ def test_a_base_model_has_no_price_for_adapters() -> None:
     assert "adapter" not in terms(pool(a=0))
 
 
-def followers(*, tied: bool, **recent: float) -> list[float]:
-    """Of equally busy endpoints that so many requests went to lately."""
+def followers(*, tied: bool, factors: tuple[float, ...] = (), **recent: float) -> list[float]:
+    """Of equally busy endpoints that so many requests went to lately; factors: their speeds, if not all alike."""
     taught = busy(learned(), arrivals=4.0, load=1.0, tied=tied)
+    speeds(taught.prefill_speed, factors)
     made = pool(**{name: {"recent": count, "recent_at": NOW} | booked(1, 1000) for name, count in recent.items()})
     return terms(made, learned=taught)["followers"]
 
@@ -282,6 +292,38 @@ def test_who_comes_next_goes_to_where_others_went_as_far_as_requests_are_tied() 
     assert popular > 100 * deserted
     popular, deserted = followers(tied=False, popular=10.0, deserted=0.0)
     assert popular == deserted > 0.0
+
+
+@pytest.mark.parametrize(("slow", "fast", "power"), [(0.0, 0.0, 1.0), (4.0, 4.0, 0.40), (0.0, 100.0, 1.33)])
+def test_who_is_tied_nowhere_favours_the_fast_as_others_did_and_in_part_as_speeds_say(
+    slow: float, fast: float, power: float
+) -> None:
+    """Four times the speed is a sixteenth of the delay to one follower, for each of whom there are 4 ** power."""
+    costs = followers(tied=False, factors=(0.5, 2.0), slow=slow, fast=fast)
+    assert costs[0] / costs[1] == pytest.approx(16 / 4**power, rel=0.02)
+
+
+def test_on_which_of_two_equals_others_went_is_chance() -> None:
+    slow, popular, deserted = followers(tied=False, factors=(0.25, 2.0, 2.0), slow=1.0, popular=9.0, deserted=1.0)
+    assert popular == pytest.approx(deserted, rel=1e-3)
+    assert slow > 10 * popular
+
+
+def test_where_all_came_to_the_slow_somewhat_more_are_expected_at_the_fast_all_the_same() -> None:
+    """A quarter of the power is that of the speeds whatever they did."""
+    slow, fast = followers(tied=False, factors=(0.5, 2.0), slow=100.0, fast=0.0)
+    assert slow / fast == pytest.approx(16 / 4**0.25, rel=0.02)
+
+
+def test_thousands_of_slow_endpoints_and_one_that_all_went_to_leave_costs_that_are_numbers() -> None:
+    taught = busy(learned(rows=4096), arrivals=4.0, load=1.0)
+    made = pool(fast={"recent": 1e6, "recent_at": NOW}, **{f"slow{number}": 0 for number in range(3000)})
+    taught.prefill_speed.add(0, expected=1e6, took=1e3)
+    for row in range(1, 3001):
+        taught.prefill_speed.add(row, expected=1.0, took=1.0)
+    costs = np.array(terms(made, learned=taught)["followers"])
+    assert np.isfinite(costs).all()
+    assert costs[0] > costs[1] >= 0.0
 
 
 def test_followers_are_as_many_in_all_however_they_are_drawn() -> None:

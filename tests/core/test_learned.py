@@ -58,6 +58,31 @@ def test_a_mixed_pool_is_told_apart_by_serving_with_it() -> None:
         assert fast / slow == pytest.approx(2.0, rel=0.25)
 
 
+def test_an_endpoint_that_is_given_the_long_prompts_is_not_taken_to_be_faster_than_it_is() -> None:
+    """Three times slower, and most of what is long goes there, as a router that knows would have it."""
+    learned, rng = Learned(2), np.random.default_rng(6)
+    for _ in range(600):
+        row = int(rng.random() < 0.3)
+        tokens = float(rng.integers(4000, 40_000) if row == int(rng.random() < 0.9) else rng.integers(100, 4000))
+        seconds = (50e-6 * tokens + 1e-9 * tokens * tokens) * rng.lognormal(0.0, 0.05) / (1.5, 0.5)[row]
+        learned.first_token(FirstTokenSample(row, seconds, tokens, tokens, was_idle=False), merged=False)
+    fast, slow = learned.prefill_speed.value
+    assert fast / slow == pytest.approx(3.0, rel=0.1)
+
+
+def test_an_endpoint_that_is_given_the_most_company_is_not_taken_to_be_slower_than_it_is() -> None:
+    """Three times faster, and with many times the sequences and the context in a step."""
+    learned, rng = Learned(2), np.random.default_rng(6)
+    for _ in range(600):
+        row = int(rng.random() < 0.1)
+        decodes = float(rng.integers(10, 40) if row == 0 else rng.integers(1, 6))
+        context = decodes * float(rng.integers(5000, 20_000))
+        seconds = 100 * (0.018 + 40e-9 * context) * rng.lognormal(0.0, 0.05) / (1.5, 0.5)[row]
+        learned.finished(row, seconds=seconds, tokens=100, decodes=decodes, context=context)
+    fast, slow = learned.decode_speed.value
+    assert fast / slow == pytest.approx(3.0, rel=0.1)
+
+
 def test_one_hang_spoils_neither_what_is_known_of_the_pool_nor_of_the_endpoint() -> None:
     """The whole pool's speed, as far as it decides, before and after one first token a minute late."""
     for at in (2, 30, 200):

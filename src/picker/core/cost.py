@@ -8,7 +8,7 @@ With W seconds until an endpoint would begin, x seconds of prefill that the requ
     prefill     x, and the steps it takes
     followers   what W and x delay whoever comes next: one step of policy improvement of a dispatcher that knows sizes.
                 Who comes next is drawn to where others of his kind went lately, as far as requests are drawn at all:
-                a pod whose sessions are only pausing is not idle
+                a pod whose sessions are only pausing is not idle. The rest come to the fast more often than to the slow
     neighbours  x, for each request already there, at the weight of a token's delay
     decoding    the fixed part of a decode step, as often as the answer will have tokens: slow endpoints decode slowly
     memory      KV blocks as a second server. Requests hold them side by side, so none waits until the cache is full;
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from picker.core.cost_few import CERTAIN, LOGISTIC
+from picker.core.shares import shares
 from picker.core.view import PoolView
 from picker.types import FloatArray, Int64Array, Request
 
@@ -42,6 +43,7 @@ class CostModel:
     stall_grace: seconds of silence beyond the expected that count as nothing.
     adapter_load: seconds to bring a LoRA adapter to a GPU (0.2 from page cache, 2 from an object store).
     slot_weight: by how much of its life a request prolongs the wait of each adapter that waits for a slot.
+    habit: how far those who come next are expected to favour the fast as much as the latest did; else, as speeds say.
     """
 
     latency_weight: float = 0.35
@@ -49,6 +51,7 @@ class CostModel:
     stall_grace: float = 1.0
     adapter_load: float = 0.5
     slot_weight: float = 0.1
+    habit: float = 0.75
 
     def terms(self, view: PoolView, request: Request) -> dict[str, FloatArray]:
         """Each term of the cost: name -> (n,) seconds, none negative."""
@@ -62,15 +65,16 @@ class CostModel:
         prefill = own + step * steps
         decode = answer * step
         arrivals, load = learned.rates(view.endpoints, view.now)
+        free = shares(speed, view.recent, self.habit)
         room, memory = self._memory(view, answer, decode, prefill + decode)
         queue = self._queue(view, view.work / speed, prefilling, silence) + room
         terms = {
             "queue": queue,
             "prefill": prefill,
-            "followers": own * (2.0 * queue + own) * (self._drawn(view) * (arrivals / (2.0 * (1.0 - load)))),
+            "followers": own * (2.0 * queue + own) * (self._drawn(view, free) * (arrivals / (2.0 * (1.0 - load)))),
             "neighbours": own * inflight * weight,
             "decoding": (weight * answer * learned.step_floor) / decode_speed,
-            "memory": memory * arrivals,
+            "memory": memory * arrivals * free,
             "stall": np.maximum(0.0, silence - view.awaited * (2.0 / speed) - self.stall_grace),
         }
         if view.adapter is not None:
@@ -87,12 +91,12 @@ class CostModel:
         alone = view.learned.work(view.prompt_tokens, view.prompt_tokens)
         return ahead + np.maximum(0.0, waiting - prefilling) * (booked.sum() / requests if requests else alone)
 
-    def _drawn(self, view: PoolView) -> FloatArray:
-        """How many of those who come next come here, relative to the mean endpoint."""
+    def _drawn(self, view: PoolView, free: FloatArray) -> FloatArray:
+        """How many of those who come next come here, relative to the mean endpoint; free: of those not drawn."""
         recent = view.recent
         mean: float = recent.sum() / max(view.n, 1)
         tied = view.learned.tied
-        return (1.0 - tied) + recent / mean * tied if mean > 0.0 else np.ones(view.n)
+        return (1.0 - tied) * free + recent / mean * tied if mean > 0.0 else free
 
     def _slot(self, view: PoolView, adapter: str, life: FloatArray) -> FloatArray:
         """Seconds until an adapter has a slot and is loaded, and what keeping one busy costs those who wait for it.

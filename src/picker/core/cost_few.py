@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from picker.core.shares import shares
 from picker.core.view import PoolView
 from picker.types import FloatArray
 
@@ -37,6 +38,8 @@ class Constants(Protocol):
     def step_tokens(self) -> int: ...
     @property
     def stall_grace(self) -> float: ...
+    @property
+    def habit(self) -> float: ...
 
 
 class Terms(Mapping[str, FloatArray]):
@@ -78,14 +81,17 @@ def rank_few(model: Constants, view: PoolView) -> tuple[FloatArray, Terms]:
     half, floor = answer / 2.0, weight * answer * fixed
     arrivals, load = learned.rates(view.endpoints, now)
     speeds, decode_speeds = view.speeds()
+    recent = view.recent
+    free = _shares(speeds, recent, model.habit)
     counts, measures = view.numbers()
     rows: list[_Row] = []
     tails: list[tuple[int, float]] = []
-    for tokens, shared, speed, decode_speed, crowd, ours, times, waiting, capacity in zip(
+    for tokens, shared, speed, decode_speed, share, crowd, ours, times, waiting, capacity in zip(
         *view.wants(),
         speeds,
         decode_speeds,
-        _drawn(view, arrivals / (2.0 * (1.0 - load))),
+        free,
+        _drawn(recent, free, learned.tied, arrivals / (2.0 * (1.0 - load))),
         counts,
         measures,
         *_filled(view, counts, measures, speeds),
@@ -119,31 +125,38 @@ def rank_few(model: Constants, view: PoolView) -> tuple[FloatArray, Terms]:
             if spare < CERTAIN:
                 tails.append((len(rows), LOGISTIC * max(spare, -CERTAIN)))
             else:
-                memory = memory * _ROOMY * arrivals
+                memory = memory * _ROOMY * arrivals * share
         followers = own * (2.0 * queue + own) * crowd
         rows.append((queue, prefill, followers, own * requests * weight, floor / decode_speed, memory, stall))
     if tails:
-        _crowd(rows, tails, arrivals)
+        _crowd(rows, tails, arrivals, free)
     total = np.array([0.0 - a - b - c - d - e - f - g for a, b, c, d, e, f, g in rows])
     return total, Terms(rows)
 
 
-def _crowd(rows: list[_Row], tails: list[tuple[int, float]], arrivals: float) -> None:
+def _crowd(rows: list[_Row], tails: list[tuple[int, float]], arrivals: float, free: list[float]) -> None:
     """Complete the memory term of those whose cache may be full. tails: (which, exponent of the chance)."""
     chances = 1.0 / (1.0 + np.exp(np.array([tail for _, tail in tails])))
     for (at, _), full in zip(tails, chances.tolist(), strict=True):
         *before, memory, stall = rows[at]
-        rows[at] = (*before, memory * full * arrivals, stall)
+        rows[at] = (*before, memory * full * arrivals * free[at], stall)
 
 
-def _drawn(view: PoolView, crowding: float) -> list[float]:
+def _shares(speeds: list[float], recent: FloatArray, habit: float) -> list[float]:
+    """`core.shares`, in a pool of equals without asking."""
+    if speeds.count(1.0) == len(speeds):
+        return speeds
+    found: list[float] = shares(np.array(speeds), recent, habit).tolist()
+    return found
+
+
+def _drawn(recent: FloatArray, free: list[float], tied: float, crowding: float) -> list[float]:
     """How many of those who come next come here, by how much each delays them (`CostModel._drawn`)."""
-    recent, tied = view.recent, view.learned.tied
-    mean = np.add.reduce(recent).item() / view.n
+    mean = np.add.reduce(recent).item() / recent.size
     if not mean > 0.0:
-        return [crowding] * view.n
-    free = 1.0 - tied
-    return [(free + each / mean * tied) * crowding for each in recent.tolist()]
+        return [share * crowding for share in free]
+    loose = 1.0 - tied
+    return [(loose * share + each / mean * tied) * crowding for share, each in zip(free, recent.tolist(), strict=True)]
 
 
 def _filled(

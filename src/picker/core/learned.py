@@ -3,6 +3,9 @@
 Two linear models hold for the pool as a whole, after the step model of continuous batching: seconds of prefill by
 uncached tokens and attention, seconds of a decode step by the sequences in it and their context. Each endpoint has a
 factor on top of either, so that a mixed pool needs no constant from anybody.
+
+What is fitted is what a sample would have taken at the mean speed: where long prompts go to slow endpoints and short
+ones to fast, the raw seconds make length look dear and the slow ones fast.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class Factors:
         self._logs = np.zeros(rows)  # of speed, by row, before they are centred
         self._seen = np.zeros(rows, dtype=bool)
         self._value = np.ones(rows)
+        self._sum, self._count = 0.0, 0  # of the logs, and of the rows seen
         self._widest = 0.0  # none of the logs is further from zero
         self.even = self._value
         self._stale = False
@@ -95,10 +99,18 @@ class Factors:
             self._update()
         return self._value
 
+    def of(self, row: int) -> float:
+        """The factor of one row, without those of the others being worked out."""
+        log = self._logs.item(row) - self._sum / max(self._count, 1)
+        return math.exp(log) if self._seen.item(row) and abs(log) >= self._dead_band else 1.0
+
     def _note(self, row: int) -> None:
         # Every row's factor follows from this one's, but nobody looks before the next decision.
-        self._seen[row] = self._took[row] > 0
-        self._logs[row] = log = math.log((self._expected[row] + self._prior) / (self._took[row] + self._prior))
+        seen, before = self._took[row] > 0, self._logs.item(row)
+        log = math.log((self._expected[row] + self._prior) / (self._took[row] + self._prior))
+        self._count += int(seen) - int(self._seen.item(row))
+        self._sum += log - before
+        self._seen[row], self._logs[row] = seen, log
         self._widest = max(self._widest, abs(log))
         self._stale = True
 
@@ -108,7 +120,8 @@ class Factors:
         if 2.0 * self._widest < self._dead_band:  # so is their mean, and nobody is that far from it
             return
         self._widest = float(np.abs(self._logs).max())
-        logs = self._logs - self._logs.sum() / max(np.count_nonzero(self._seen), 1)
+        self._sum = float(self._logs.sum())  # without what has gathered of rounding
+        logs = self._logs - self._sum / max(self._count, 1)
         apart = self._seen & (np.abs(logs) >= self._dead_band)
         if np.count_nonzero(apart):
             self._value = np.exp(logs, out=np.ones(logs.size), where=apart)
@@ -159,7 +172,7 @@ class Learned:
             return
         self._open[sample.row] = _Step(features, sample.seconds)
         if step is not None:
-            self.prefill.add(step.features, step.seconds)
+            self.prefill.add(step.features, step.seconds * self.prefill_speed.of(sample.row))
             self.prefill_speed.add(sample.row, expected=self.prefill(step.features), took=step.seconds)
 
     # decode
@@ -179,7 +192,7 @@ class Learned:
         """A stream of `tokens` steps took so many seconds beside the prefills, in company of so many on average."""
         per_step = seconds / tokens
         features = (1.0, decodes, context)
-        self.decode.add(features, per_step)
+        self.decode.add(features, per_step * self.decode_speed.of(row))
         expected = self.decode(features)
         if expected > 0:
             # Every stream weighs the same: in seconds, those of a fast model would never outweigh the prior.
