@@ -65,13 +65,15 @@ class CostModel:
         prefill = own + step * steps
         decode = answer * step
         arrivals, load = learned.rates(view.endpoints, view.now)
-        free = shares(speed, view.recent, self.habit)
+        recent = view.recent
+        free = shares(speed, recent, self.habit)
+        drawn = _drawn(recent, free, learned.tied)
         room, memory = self._memory(view, answer, decode, prefill + decode)
         queue = self._queue(view, view.work / speed, prefilling, silence) + room
         terms = {
             "queue": queue,
             "prefill": prefill,
-            "followers": own * (2.0 * queue + own) * (self._drawn(view, free) * (arrivals / (2.0 * (1.0 - load)))),
+            "followers": own * (2.0 * queue + own) * (drawn * (arrivals / (2.0 * (1.0 - load)))),
             "neighbours": own * inflight * weight,
             "decoding": (weight * answer * learned.step_floor) / decode_speed,
             "memory": memory * arrivals * free,
@@ -90,13 +92,6 @@ class CostModel:
         requests = int(prefilling.sum())
         alone = view.learned.work(view.prompt_tokens, view.prompt_tokens)
         return ahead + np.maximum(0.0, waiting - prefilling) * (booked.sum() / requests if requests else alone)
-
-    def _drawn(self, view: PoolView, free: FloatArray) -> FloatArray:
-        """How many of those who come next come here, relative to the mean endpoint; free: of those not drawn."""
-        recent = view.recent
-        mean: float = recent.sum() / max(view.n, 1)
-        tied = view.learned.tied
-        return (1.0 - tied) * free + recent / mean * tied if mean > 0.0 else free
 
     def _slot(self, view: PoolView, adapter: str, life: FloatArray) -> FloatArray:
         """Seconds until an adapter has a slot and is loaded, and what keeping one busy costs those who wait for it.
@@ -129,6 +124,12 @@ class CostModel:
         spare = np.minimum((capacity - filled) * np.sqrt(inflight + 1.0) / filled, CERTAIN)
         full = 1.0 / (1.0 + np.exp(LOGISTIC * np.maximum(spare, -CERTAIN)))
         return room, (prompt + answer) / capacity * holding * holding * full
+
+
+def _drawn(recent: FloatArray, free: FloatArray, tied: float) -> FloatArray:
+    """How many of those who come next come here, relative to the mean endpoint; free: of those not drawn."""
+    mean = float(recent.sum()) / max(recent.size, 1)
+    return (1.0 - tied) * free + recent / mean * tied if mean > 0.0 else free
 
 
 def _filled(column: FloatArray) -> FloatArray | None:

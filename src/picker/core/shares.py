@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from picker.types import FloatArray
@@ -17,13 +19,23 @@ def shares(speed: FloatArray, recent: FloatArray, habit: float) -> FloatArray:
     one request's worth of belief in 1. It is one number for the pool: shares of single endpoints would follow chance,
     which then upholds itself.
     """
-    if not np.count_nonzero(speed != 1.0):
-        return np.ones(speed.size)
-    logs = np.log(speed)
-    logs -= logs.mean()
-    spread = float(logs @ logs) / logs.size
-    seen = (float(recent @ logs) + 1.0) / (float(recent.sum()) * spread + 1.0)
+    n = speed.size
+    (apart,) = (speed != 1.0).nonzero()  # a few, as a rule: everything but the sum of requests is about them
+    rest = n - apart.size
+    if rest == n:
+        return np.ones(n)
+    logs = np.log(speed[apart])
+    mean = np.add.reduce(logs).item() / n
+    spread = np.dot(logs, logs).item() / n - mean * mean
+    requests = np.add.reduce(recent).item()
+    seen = (np.dot(recent[apart], logs).item() - mean * requests + 1.0) / (requests * spread + 1.0)
+    power = 1.0 - habit + habit * max(seen, 0.0)
     # From the fastest down: nothing overflows when thousands are slow and all went to one that is fast.
-    tilted: FloatArray = np.exp((logs - logs.max()) * (1.0 - habit + habit * max(seen, 0.0)))
-    tilted *= tilted.size / float(tilted.sum())
-    return tilted
+    top = np.maximum.reduce(logs).item()
+    top = max(top, 0.0) if rest else top
+    tilted, even = np.exp((logs - top) * power), math.exp(-top * power) if rest else 0.0
+    scale = n / (np.add.reduce(tilted).item() + rest * even)
+    found: FloatArray = np.empty(n)
+    found.fill(even * scale)
+    found[apart] = tilted * scale
+    return found
