@@ -222,6 +222,32 @@ async def test_a_request_id_from_the_client_is_in_the_answer() -> None:
 # --- what is said --------------------------------------------------------------------------------------------
 
 
+async def test_a_stream_interval_tells_the_first_token_at_once_and_then_so_many_together() -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "ignore_eos": True}
+    async with serving(stream_interval=5) as client:
+        _, whole = await client.post(CHAT, body)
+        page = await client.stream(CHAT, body | {"stream_options": {"include_usage": True}})
+    events = [json.loads(line.removeprefix("data: ")) for line in page.split("\n\n") if line.startswith("data: {")]
+    told = [event["choices"][0]["delta"]["content"] for event in events if event["choices"]]
+    assert [len(text) // tokens.BYTES_PER_TOKEN for text in told] == [0, 1, 5, 5, 1]
+    assert "".join(told) == whole["choices"][0]["message"]["content"]
+    assert events[-2]["choices"][0]["finish_reason"] == "length"
+    assert events[-1]["usage"]["completion_tokens"] == 12
+
+
+async def test_the_pods_tell_how_late_they_were_and_forget_it_when_asked() -> None:
+    async with serving() as client:
+        await client.post(CHAT, {"model": "tiny", "messages": HELLO, "max_tokens": 3})
+        _, told = await client.get("/_sim/clock")
+        assert told["events"] > 0
+        assert told["p50_s"] <= told["p99_s"] <= told["max_s"]
+        assert told["time_scale"] == 1000.0
+        async with client.session.delete(client.pod.url + "/_sim/clock") as response:
+            assert response.status == 200
+        _, told = await client.get("/_sim/clock")
+        assert told["max_s"] == 0.0
+
+
 async def test_streamed_text_is_the_text_of_the_whole_answer() -> None:
     async with serving() as client:
         _, whole = await client.post(CHAT, chat(max_tokens=200))

@@ -12,6 +12,7 @@ from picker.sim import pod
 from picker.sim.engine import Policy
 from picker.sim.engine_hashes import HashAlgorithm
 from picker.sim.latency import profiles
+from picker.sim.lateness import Lateness
 from picker.sim.pod_options import EventOptions, PodOptions
 
 _ALGORITHMS = [algorithm.value for algorithm in HashAlgorithm]
@@ -30,6 +31,7 @@ _ALGORITHMS = [algorithm.value for algorithm in HashAlgorithm]
 @click.option("--max-num-seqs", type=int, metavar="N", help="Sequences in a batch instead of the profile's.")
 @click.option("--max-model-len", type=int, metavar="N", help="Context instead of the profile's.")
 @click.option("--max-queued", type=int, metavar="N", help="Unfinished requests before 503.  [no limit]")
+@click.option("--stream-interval", default=1, show_default=True, metavar="N", help="Tokens in an event of a stream.")
 @click.option("--scheduling-policy", type=click.Choice([policy.value for policy in Policy]), default="fcfs")
 @click.option("--no-noise", is_flag=True, help="Exact step times.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise.")
@@ -60,6 +62,7 @@ def command(
     max_num_seqs: int | None,
     max_model_len: int | None,
     max_queued: int | None,
+    stream_interval: int,
     scheduling_policy: str,
     no_noise: bool,
     seed: int,
@@ -113,8 +116,23 @@ def command(
         events=events if kv_events else None,
         scale_out=scale_out,
         tokenizer=tokenizer,
+        stream_interval=stream_interval,
     )
-    run(pod.run(options, on_ready=_announce))
+    run(_serve(options))
+
+
+async def _serve(options: PodOptions) -> None:
+    late = await pod.run(options, on_ready=_announce)
+    if late.distorted:
+        click.echo(_excuse(late, options.time_scale), err=True)
+
+
+def _excuse(late: Lateness, time_scale: float) -> str:
+    return (
+        f"the pods were too slow for what was asked of them: answers left up to {late.max_s:.2f} s late (P99 "
+        f"{late.p99_s * 1000:.0f} ms, in time of the pods), so what was measured is this machine as well; "
+        f"use a --time-scale below {time_scale:g}, fewer pods or less load"
+    )
 
 
 def _announce(urls: list[str]) -> None:

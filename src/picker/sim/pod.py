@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import heapq
 import itertools
@@ -27,6 +28,7 @@ from picker.sim import pod_request, pod_response, pod_speech, tokens
 from picker.sim.adapters import AdapterSlots
 from picker.sim.engine import Engine, EngineRequest, FinishedRequest, FinishReason, StepResult
 from picker.sim.engine_hashes import BlockHasher
+from picker.sim.lateness import Lateness
 from picker.sim.pod_call import Call, Line
 from picker.sim.pod_clock import PodClock
 from picker.sim.pod_events import CacheEvents, Prompted, adapter_path
@@ -188,6 +190,8 @@ class Pod:
             ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
             ("GET", "/_sim/fault"): self._show_fault,
             ("POST", "/_sim/fault"): self._change_fault,
+            ("GET", "/_sim/clock"): self._show_clock,
+            ("DELETE", "/_sim/clock"): self._forget_lateness,
         }
         return routes | {("POST", path): self._scale_out for path in _SCALE_OUT}
 
@@ -222,6 +226,16 @@ class Pod:
     def _event_sources(self, request: HttpRequest, reply: Reply) -> None:
         sources = {str(number): publisher.source for number, publisher in enumerate(self._publishers)}
         reply.send(200, msgspec.json.encode(sources))
+
+    def _show_clock(self, request: HttpRequest, reply: Reply) -> None:
+        """How late all pods of the process have been, in virtual seconds, since anybody asked to forget it."""
+        late = self.clock.lateness.read()
+        told = {**dataclasses.asdict(late), "distorted": late.distorted, "time_scale": self.clock.scale}
+        reply.send(200, msgspec.json.encode(told))
+
+    def _forget_lateness(self, request: HttpRequest, reply: Reply) -> None:
+        self.clock.lateness.reset()
+        reply.send(200, b"{}")
 
     def _scale_out(self, request: HttpRequest, reply: Reply) -> None:
         if not self.options.scale_out:
@@ -316,7 +330,7 @@ class Pod:
             lora=ask.adapter,
             ends_with=FinishReason(answer.reason),
         )
-        line = pod_speech.line(call, answer)
+        line = pod_speech.line(call, answer, self.options.stream_interval)
         self._lines[request.id] = line
         self._rank_of[request.id] = rank
         if ask.stream:
@@ -535,21 +549,22 @@ async def running_pods(count: int, **options: Any) -> AsyncIterator[list[str]]:
         yield [pod.url for pod in pods]
 
 
-async def serve_pods(options: PodOptions, *, stop: asyncio.Event, on_ready: Callable[[list[str]], None]) -> None:
-    """Serve until `stop` is set. on_ready is told the base URLs once all pods listen."""
+async def serve_pods(options: PodOptions, *, stop: asyncio.Event, on_ready: Callable[[list[str]], None]) -> Lateness:
+    """Serve until `stop` is set. on_ready is told the base URLs once all pods listen. Returns how late they were."""
     async with open_pods(options) as pods:
         on_ready([pod.url for pod in pods])
         await stop.wait()
+        return pods[0].clock.lateness.read()
 
 
-async def run(options: PodOptions, on_ready: Callable[[list[str]], None] = lambda urls: None) -> None:
-    """Serve until SIGINT or SIGTERM: what `picker sim` runs."""
+async def run(options: PodOptions, on_ready: Callable[[list[str]], None] = lambda urls: None) -> Lateness:
+    """Serve until SIGINT or SIGTERM: what `picker sim` runs. Returns how late the pods were."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
-        await serve_pods(options, stop=stop, on_ready=on_ready)
+        return await serve_pods(options, stop=stop, on_ready=on_ready)
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -40,8 +40,9 @@ class Call:
 
     def write(self) -> None:
         """Send what has been said since the last time, in one write."""
-        self.reply.write(b"".join(self.out))
-        self.out.clear()
+        if self.out:
+            self.reply.write(b"".join(self.out))
+            self.out.clear()
 
     def end_stream(self) -> None:
         if self.ask.include_usage:
@@ -78,3 +79,29 @@ class Line:
                 out += (self.head, answer.text[at : at + BYTES_PER_TOKEN], self.tail)
         if ends:
             out.append(chunk(call.wording.last(answer)))
+
+
+class SparseLine(Line):
+    """One answer of a stream of which only every `interval` tokens are told, as with vLLM's `--stream-interval`.
+
+    The first token goes out at once, whatever the interval, and the last does.
+    """
+
+    __slots__ = ("interval", "made")
+
+    def __init__(self, call: Call, answer: Answer, interval: int) -> None:
+        super().__init__(call, answer)
+        self.interval = interval
+        self.made = 0
+
+    def say(self, count: int, *, ends: bool) -> None:
+        answer, out, wording = self.answer, self.call.out, self.call.wording
+        if not self.said and (role := wording.role(answer)) is not None:
+            out.append(chunk(role))
+        self.made += count
+        plain = self.made - 1 if ends else self.made
+        while plain - self.said >= (size := self.interval if self.said else 1):
+            out.append(chunk(wording.some(answer, self.said, self.said + size)))
+            self.said += size
+        if ends:
+            out.append(chunk(wording.last(answer, self.said)))

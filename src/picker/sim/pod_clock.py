@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable
 
 from picker.sim.kernel import Kernel
+from picker.sim.lateness import LatenessCounts
 
 
 class PodClock:
     """virtual seconds = wall seconds since construction * `scale`. To be made inside the running loop.
 
     wall: a monotonic clock in seconds. Not the loop's own: uvloop's moves in milliseconds, and once in a round.
+    lateness: virtual seconds by which the first of the events that were due was late, each time that any were.
     """
 
     def __init__(self, scale: float = 1.0, wall: Callable[[], float] = time.monotonic) -> None:
         self._loop = asyncio.get_running_loop()
         self._read_wall = wall
         self._origin = wall()
-        self._scale = scale
+        self.scale = scale
+        self.lateness = LatenessCounts()
         self._kernel = Kernel()
         self._until = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -55,6 +58,9 @@ class PodClock:
     def catch_up(self) -> float:
         """Let everything happen that is due. Called before anything from outside is looked at. Returns `now`."""
         self._until = self._wall()
+        due_at = self._kernel.next_at
+        if due_at is not None and due_at <= self._until:
+            self.lateness.note(self._until - due_at)
         self._running = True
         try:
             self._kernel.run(until=self._until)
@@ -73,7 +79,7 @@ class PodClock:
             self._timer.cancel()
 
     def _wall(self) -> float:
-        return (self._read_wall() - self._origin) * self._scale
+        return (self._read_wall() - self._origin) * self.scale
 
     def _arm(self) -> None:
         due = self._kernel.next_at
@@ -83,7 +89,7 @@ class PodClock:
             self._timer.cancel()
         self._armed_at = due
         # Event loops count milliseconds; rounding down would wake us early, to spin until it is time.
-        delay_ms = math.ceil((due - self._wall()) / self._scale * 1e3)
+        delay_ms = math.ceil((due - self._wall()) / self.scale * 1e3)
         self._timer = self._loop.call_later(max(delay_ms, 0) / 1e3, self._fire)
 
     def _fire(self) -> None:

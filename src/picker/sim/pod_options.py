@@ -113,7 +113,8 @@ class PodOptions:
     those in /metrics too, are virtual. max_queued: unfinished requests before 503, None for no limit, as in vLLM.
     noise: vary step times as the profile says, from `seed`. ranks: data-parallel engines behind each port. events:
     publish KV events. scale_out: serve the render and token-in-token-out routes. tokenizer: folder with a model's
-    tokenizer.json and tokenizer_config.json, to tokenize and to speak as that model's engine would.
+    tokenizer.json and tokenizer_config.json, to tokenize and to speak as that model's engine would. stream_interval:
+    tokens in an event of a stream, but for the first.
     """
 
     count: int = 1
@@ -142,8 +143,11 @@ class PodOptions:
     events: EventOptions | None = None
     scale_out: bool = False
     tokenizer: Path | None = None
+    stream_interval: int = 1
 
     def __post_init__(self) -> None:
+        if self.stream_interval < 1:
+            raise ConfigError(f"simulated pods: an event has at least one token, got {self.stream_interval}")
         if self.count < 1 or self.time_scale <= 0:
             raise ConfigError("simulated pods: count must be at least 1 and the time scale above 0")
         if self.ranks < 1:

@@ -106,14 +106,18 @@ class Wording:
 
     def token(self, answer: Answer, number: int) -> bytes:
         """The event of token `number`, counted from 0, with usage so far if that was asked for."""
+        return self.some(answer, number, number + 1)
+
+    def some(self, answer: Answer, start: int, stop: int) -> bytes:
+        """The event of the tokens `start` to `stop` - 1, of which none is the last."""
         head, tail = self.around(answer)
-        text = answer.piece(number, number + 1).encode()
-        usage = self._running_usage(answer, number + 1).encode()
+        text = answer.piece(start, stop).encode()
+        usage = self._running_usage(answer, stop).encode()
         return head + text + tail.removesuffix(b"}\n\n") + usage + b"}\n\n"
 
-    def last(self, answer: Answer) -> bytes:
-        """The event of the last token, with the reason for it."""
-        text = _text(answer.piece(answer.tokens - 1, answer.tokens))
+    def last(self, answer: Answer, start: int | None = None) -> bytes:
+        """The event of the last token, and of those before it from `start` on, with the reason for the end."""
+        text = _text(answer.piece(answer.tokens - 1 if start is None else start, answer.tokens))
         why = f'"finish_reason":"{answer.reason}","stop_reason":{_maybe(answer.stop_reason)}'
         if self._chat:
             choice = f'"delta":{{"content":{text}}},"logprobs":null,{why},"token_ids":null}}]'

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from picker.sim import tokens
-from picker.sim.pod_call import Call, Line
+from picker.sim.pod_call import Call, Line, SparseLine
 from picker.sim.pod_http import chunk
 from picker.sim.pod_request import Ask
 from picker.sim.pod_response import Answer
@@ -71,8 +71,10 @@ def said(answer: Answer, choices: int) -> TokenArray:
     return np.frombuffer(text, dtype="<u4")
 
 
-def line(call: Call, answer: Answer) -> Line:
-    """What streams this answer."""
+def line(call: Call, answer: Answer, interval: int = 1) -> Line:
+    """What streams this answer, `interval` tokens at a time."""
+    if interval > 1:
+        return SparseLine(call, answer, interval)
     return SpokenLine(call, answer) if isinstance(answer, SpokenAnswer) else Line(call, answer)
 
 
