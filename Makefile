@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm check format bench clean
+.PHONY: help demo test test-vllm check format bench bench-micro bench-peers clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "picker needs Python 3.11 or newer; set PYTHON=/path/to/python3")'
@@ -42,6 +42,13 @@ bench: $(STAMP) ## this machine's figures: one decision, ext-proc, proxy
 	$(BIN)/picker bench pick
 	$(BIN)/picker bench extproc
 	$(BIN)/picker bench proxy
+
+bench-micro: $(STAMP) ## micro-benchmarks of single parts
+	$(BIN)/python -m pytest bench/micro -o python_files='bench_*.py' --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name -s
+
+bench-peers: $(STAMP) ## the routers that `picker bench proxy` compares with, into .venv-peers (350 MB)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement bench/peers.txt
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks build dist

@@ -1,5 +1,6 @@
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -692,3 +693,29 @@ def test_events_and_actions_cannot_be_changed_and_are_equal_only_to_their_kind()
         RequestBody(b"x").end = True  # type: ignore[misc]
     assert PassBody(b"x") == PassBody(b"x")
     assert PassBody(b"x") != ResponseBody(b"x")  # type: ignore[comparison-overlap]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_response_that_passes_holds_no_request(again: bool) -> None:
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "long"}], "stream": True}).encode()
+    mine = sys.getrefcount(body)
+    talk = Exchange(ID, Limits())
+    talk.receive(RequestHead("POST", CHAT, {}, again=again))
+    talk.receive(RequestBody(body, end=True))
+    talk.receive(Decided(Decision(ID, endpoint("a"))))
+    talk.receive(ResponseHead(200, SSE))
+    talk.receive(ResponseBody(WORD))
+    assert sys.getrefcount(body) == mine
+
+
+def test_tokens_pass_once_their_like_has_been_seen_and_none_before_a_response() -> None:
+    talk = Exchange(ID, Limits())
+    assert not talk.passes(WORD, 0, len(WORD))
+    talk.receive(RequestHead("POST", CHAT, {}, again=True))
+    talk.receive(RequestBody(b'{"messages":[{"role":"user","content":"x"}],"stream":true}', end=True))
+    talk.receive(Decided(Decision(ID, endpoint("a"))))
+    talk.receive(ResponseHead(200, SSE))
+    for expected in (False, False, True):
+        assert talk.passes(WORD, 0, len(WORD)) is expected
+        talk.receive(ResponseBody(WORD))
+    assert not talk.passes(DONE, 0, len(DONE))

@@ -17,8 +17,14 @@ PURE_SIM = (
     *("sim.adapters", "sim.blocks", "sim.kernel", "sim.engine", "sim.latency", "sim.workload", "sim.sessions"),
     *("sim.cluster", "sim.policies", "sim.bounds", "sim.greedy_oracle", "sim.regret"),
 )
+# What Kubernetes objects mean; how they get here is for the rest of the folder.
+PURE_KUBERNETES = tuple(
+    f"sources.kubernetes.{name}"
+    for name in ("objects", "members", "groups", "roster", "objectives", "rewrites", "overlaps", "scope")
+)
+PURE_REPLICAS = tuple(f"replicas.{name}" for name in ("words", "guests", "handover"))
 DECIDING = (*NOUNS, "core", "prefix", "scorers")
-SHELL = (*DECIDING, "wire", "exchange", "gate", "runtime", "tokenizers", "telemetry", "config")
+SHELL = (*DECIDING, "wire", "exchange", "gate", "runtime", "tokenizers", "telemetry", "config", "access_log")
 
 # Room -> what of picker it may import besides itself. A room is a module or a package with all within; the longest
 # name that fits is the room. What has no room of its own is a shell.
@@ -37,15 +43,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "gate": (*NOUNS, "prefix.blocks", "exchange"),
     "config": NOUNS,
     "telemetry": NOUNS,
+    "access_log": NOUNS,
+    "record": NOUNS,
     "tokenizers": (*NOUNS, "prefix", "wire"),
     "runtime": tuple(room for room in SHELL if room != "config"),
     "frontends": SHELL,
     "sources": SHELL,
+    **dict.fromkeys(PURE_KUBERNETES, (*NOUNS, *PURE_KUBERNETES, "sources.static")),
     **dict.fromkeys(PURE_SIM, (*DECIDING, *PURE_SIM)),
     "sim": (*SHELL, *PURE_SIM),
+    # Several schedulers, in the words that replicas have.
+    "sim.replicated": (*DECIDING, *PURE_SIM, *PURE_REPLICAS),
     "load": (*NOUNS, "wire"),
+    "load.scenario": (*NOUNS, "load", "sim", *PURE_SIM),
+    # Its plots look like those of `picker simulate`.
+    "load.plots": (*NOUNS, "load", "sim.report"),
     # Reads frames by rules of its own: of what it checks it uses neither the wire nor the front ends.
-    "check": (*NOUNS, "children", "config", "envoy", "sources.file"),
+    "check": (
+        *(*NOUNS, "children", "config", "envoy", "sources.file"),
+        *("sources.kubernetes.client", "sources.kubernetes.credentials"),
+    ),
     "prediction_metrics": (*NOUNS, "core"),
     "metrics_names": ("telemetry",),
     "metrics_compat": (*NOUNS, "core", "telemetry", "metrics_names"),
@@ -53,11 +70,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The bus between processes that serve together; what they run is put together elsewhere.
     "workers": (*SHELL, "frontends.als", "children"),
     "workers.frames": (*NOUNS, "wire.als"),
+    # The bus between pickers that serve one pool.
+    "replicas": SHELL,
+    "replicas.words": (*NOUNS, "core"),
+    "replicas.guests": (*NOUNS, "replicas.words"),
+    "replicas.handover": (*NOUNS, "prefix", "replicas.words"),
     "exact_mode": (*SHELL, "sources"),
     "api_service": (*SHELL, "frontends"),
     # For programs that are not picker: it brings nothing of picker along but the messages.
     "client": ("wire.pb",),
-    "app": (*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "api_service", "frontends", "sources"),
+    "app": (
+        *(*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "api_service", "frontends", "sources"),
+        *("replicas", "record", "live_policy"),
+    ),
+    "live_policy": (*NOUNS, "core"),
+    "reload": (*NOUNS, "config"),
 }
 
 # Who alone may import these; everything else in the table is open to whoever lists it.
@@ -67,7 +94,22 @@ IMPORTED_ONLY_BY: dict[str, tuple[str, ...]] = {
     "__main__": (),
 }
 
-PURE = ("types", "errors", "core", "prefix", "scorers", "wire", "exchange", "imports", "workers.frames", *PURE_SIM)
+PURE = (
+    "live_policy",
+    "types",
+    "errors",
+    "core",
+    "prefix",
+    "scorers",
+    "wire",
+    "exchange",
+    "imports",
+    "workers.frames",
+    "sim.replicated",
+    *PURE_REPLICAS,
+    *PURE_SIM,
+    *PURE_KUBERNETES,
+)
 IMPURE_MODULES = (
     *("aiohttp", "asyncio", "datetime", "grpc", "logging", "multiprocessing", "os", "random", "secrets", "select"),
     *("signal", "socket", "subprocess", "threading", "time", "uuid", "zmq"),

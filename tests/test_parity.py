@@ -152,22 +152,31 @@ class ProxyWorld:
     """Requests over HTTP through the proxy to pods that answer when the trace says so."""
 
     def __init__(
-        self, base: str, session: aiohttp.ClientSession, reached: asyncio.Queue[tuple[str, web.StreamResponse]]
+        self,
+        base: str,
+        session: aiohttp.ClientSession,
+        reached: asyncio.Queue[tuple[str, web.StreamResponse]],
+        group: asyncio.TaskGroup,
     ):
         self.base, self.session, self.reached = base, session, reached
+        self.group = group
+        self.asked: dict[int, tuple[str, asyncio.Task[aiohttp.ClientResponse], web.StreamResponse]] = {}
         self.open: dict[int, tuple[aiohttp.ClientResponse, web.StreamResponse]] = {}
 
     async def submit(self, number: int, chat: bytes, session: str) -> str:
         headers = {"content-type": "application/json", "x-session-id": session}
-        response = await self.session.post(f"{self.base}/v1/chat/completions", data=chat, headers=headers)
+        url = f"{self.base}/v1/chat/completions"
+        response = self.group.create_task(_posted(self.session, url, chat, headers))
         pod, upstream = await self.reached.get()
-        assert response.headers["x-picker-endpoint"] == pod
-        self.open[number] = response, upstream
+        self.asked[number] = pod, response, upstream
         return pod
 
     async def first_token(self, number: int) -> None:
-        response, upstream = self.open[number]
+        pod, response_to_come, upstream = self.asked.pop(number)
         await upstream.write(FIRST)
+        response = await response_to_come  # its head comes with the first event
+        assert response.headers["x-picker-endpoint"] == pod
+        self.open[number] = response, upstream
         assert await response.content.readexactly(len(FIRST)) == FIRST
 
     async def finish(self, number: int, usage: Usage) -> None:
@@ -176,6 +185,12 @@ class ProxyWorld:
         await upstream.write_eof()
         assert (await response.read()).endswith(b"data: [DONE]\n\n")
         upstream.ended.set()  # type: ignore[attr-defined]
+
+
+async def _posted(
+    session: aiohttp.ClientSession, url: str, chat: bytes, headers: dict[str, str]
+) -> aiohttp.ClientResponse:
+    return await session.post(url, data=chat, headers=headers)
 
 
 class _Held(web.StreamResponse):
@@ -203,7 +218,7 @@ async def proxy_world(clock: ManualClock) -> AsyncIterator[tuple[Runtime, dict[s
     base = f"http://127.0.0.1:{port_of(traffic)}"
     async with asyncio.TaskGroup() as group, aiohttp.ClientSession() as session:
         group.create_task(Proxy(run, grace=0.1).serve(traffic, stop))
-        yield run, addresses, ProxyWorld(base, session, reached)
+        yield run, addresses, ProxyWorld(base, session, reached, group)
         stop.set()
     for runner in runners:
         await runner.cleanup()

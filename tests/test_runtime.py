@@ -1,6 +1,7 @@
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -413,6 +414,24 @@ async def test_a_draining_runtime_takes_nothing_new_and_lets_the_rest_end() -> N
     assert metric(runtime, "picker_decisions_total", outcome="shutdown") == 1
     await answer(runtime, exchange)
     assert len(runtime.scheduler.charges) == 0
+
+
+async def test_who_answers_is_who_can_be_reached() -> None:
+    runtime = running("a", "b")
+    runtime.emit(HealthObserved("a", False, "refused"))
+    assert [endpoint.name for endpoint in runtime.answering()] == ["b"]
+    assert [runtime.answers(name) for name in ("a", "b", "nobody")] == [False, True, False]
+
+
+async def test_patience_is_asked_of_the_scheduler_where_there_is_a_limit() -> None:
+    clock = ManualClock()
+    subject = scheduler("a", hang_floor_s=10.0)
+    runtime = running("a", subject=subject, clock=clock, patience=10.0)
+    exchange = runtime.open()
+    await ask(runtime, exchange=exchange)
+    clock.now += 1000.0
+    assert runtime.patience_with(exchange.id) < 0.0
+    assert running("a", clock=clock).patience_with(1) == math.inf
 
 
 async def test_a_draining_runtime_still_serves_those_who_wait() -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
 import signal
+import ssl
 import time
+from collections import ChainMap
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,26 +34,35 @@ from picker.core.scheduler import Scheduler, Settings
 from picker.errors import ConfigError
 from picker.exact_mode import ExactMode
 from picker.exchange import Limits
+from picker.frontends.serving import listen
 from picker.gate import Clock
+from picker.live_policy import LivePolicy
 from picker.prediction_metrics import EventMetrics, PredictionMetrics
 from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.blocks import BlockHasher
 from picker.prefix.exact import Exact
+from picker.record import Recorder
+from picker.replicas.service import Replicas
 from picker.runtime import Runtime
 from picker.scorers import build_scorer
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
 from picker.sources.file import FileSource, load_endpoints
 from picker.sources.ingest import Ingest
+from picker.sources.kubernetes.credentials import find_access
+from picker.sources.kubernetes.scope import Scope
+from picker.sources.kubernetes.source import KubernetesSource
 from picker.sources.kv_events import KvEventSource
 from picker.sources.kv_snapshot import Snapshots
+from picker.sources.roster import Roster, check_weight
 from picker.sources.scrape import AiohttpFetch, Fetch, ScrapeSource
-from picker.sources.static import StaticSource, parse_endpoint
+from picker.sources.static import parse_endpoint
 from picker.telemetry import Telemetry
 from picker.types import Endpoint, Fact, Role
 
 log = logging.getLogger("picker.app")
 
+CONFIGURATION, ENDPOINTS_FILE = "configuration", "endpoints file"  # who list endpoints
 _FALLBACKS = 2  # endpoints that a decision names behind the first, unless a profile names more
 
 
@@ -78,43 +90,82 @@ class App:
     def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
         self.config = config
         self.telemetry = Telemetry(CollectorRegistry())
-        self.secret = secret = secret or os.urandom(32)
+        self.replicas = Replicas(config.replicas, listen=listen) if config.replicas.wanted else None
+        # Hashes that replicas tell each other must be those of one secret, whoever is started by whom.
+        secret = self.replicas.hashing if self.replicas is not None else secret or os.urandom(32)
+        self.secret = secret
         self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
-        scheduler = build_scheduler(config, None if self.exact is None else self.exact.knowledge(self._models_of))
+        self.discovery = build_discovery(config, clock)
+        self.scrape_key: str | None = None  # and how endpoints are asked for their metrics
+        self.scrape_tls: ssl.SSLContext | bool = True
+        self.roster = Roster(CONFIGURATION, ENDPOINTS_FILE)
+        self.policy = LivePolicy(*build_policy(config), ChainMap(self.roster.weights, self.roster.listed_weights))
+        knowledge = None if self.exact is None else self.exact.knowledge(self._models_of)
+        scheduler = build_scheduler(config, knowledge, self.policy)
         self.runtime = Runtime(
             scheduler,
             BlockHasher(secret, config.index.block_bytes),
             self.telemetry,
             clock=clock,
-            limits=build_limits(config),
+            limits=build_limits(config, None if self.discovery is None else self.discovery.objectives),
             reader=None if self.exact is None else self.exact.reader(scheduler.is_adapter),
             headers=scheduler.headers,
             queue_timeout=config.queue.timeout_s,
+            patience=config.health.hang_floor_s or math.inf,
         )
         self.sources = self._sources()
+        if self.replicas is not None:
+            self.replicas.join(self.runtime, config.index.block_bytes, self._knows_endpoints)
         self.hearing: Hearing | None = None
         self.snapshots: Snapshots | None = None
+        self.recorder = self._recorder()
         self._export()
 
     def _sources(self) -> list[Source]:
         config = self.config
+        self.runtime.listen(self.roster.observe)
+        if self.discovery is not None:
+            return [self.discovery, self.roster]
         if not config.endpoints and config.endpoints_file is None:
-            raise ConfigError("no endpoints: give --endpoint URL (as often as needed) or --endpoints-file FILE")
-        sources: list[Source] = []
-        if config.endpoints:
-            sources.append(StaticSource([build_endpoint(spec) for spec in config.endpoints]))
+            raise ConfigError(
+                "no endpoints: give --endpoint URL (as often as needed) or --endpoints-file FILE, "
+                "or name a pool of Kubernetes (picker epp --pool-name, or kubernetes.pools in the configuration)"
+            )
+        self.list_endpoints(config)
         if config.endpoints_file is not None:
             path = Path(config.endpoints_file)
             load_endpoints(path)  # a first load that fails is an error of usage, told at once
-            sources.append(FileSource(path))
-        return sources
+            self.roster.follow(ENDPOINTS_FILE, FileSource(path))
+        return [self.roster]
+
+    def list_endpoints(self, config: Config) -> None:
+        """Have the endpoints of a configuration instead of those listed before; raises ConfigError."""
+        endpoints = [(build_endpoint(spec), spec) for spec in config.endpoints]
+        self.roster.assign(CONFIGURATION, [endpoint for endpoint, _ in endpoints])
+        weights = {each.name: spec.weight for each, spec in endpoints if isinstance(spec, EndpointSpec)}
+        self.roster.listed_weights.clear()
+        self.roster.listed_weights.update({name: weight for name, weight in weights.items() if weight != 1.0})
+
+    def _recorder(self) -> Recorder | None:
+        if self.config.record is None:
+            return None
+        path, block_bytes = Path(self.config.record), self.config.index.block_bytes
+        recorder = Recorder(path, block_bytes=block_bytes, clock=self.runtime.clock)
+        self.telemetry.watch(recorder)
+        return recorder
 
     def _export(self) -> None:
         scheduler, gauge = self.runtime.scheduler, self.telemetry.gauge
-        gauge("picker_inflight_requests", "Requests routed and not ended.", lambda: len(scheduler.charges))
+        gauge("picker_inflight_requests", "Requests routed here and not ended.", lambda: scheduler.charges.own)
         gauge("picker_queued_requests", "Requests waiting in picker's queue.", lambda: len(scheduler.queue))
         gauge("picker_endpoints", "Endpoints known.", lambda: len(scheduler.pool))
+        gauge("picker_retries", "Requests sent to another endpoint.", lambda: scheduler.retries.allowed)
+        gauge("picker_retries_refused", "Retries beyond the budget.", lambda: scheduler.retries.refused)
         gauge("picker_index_bytes", "Memory of the prefix index.", lambda: scheduler.index.nbytes)
+        if (discovery := self.discovery) is not None:
+            age = "Seconds since the API server was lost sight of; nan before all is known."
+            gauge("picker_kubernetes_age_seconds", age, lambda: _or_nan(discovery.age(self.runtime.clock())))
+            self.runtime.reports["kubernetes"] = discovery.report
         exact = scheduler.exact
         if exact is not None:
             gauge("picker_exact_index_bytes", "Memory of the index of KV events.", lambda: exact.index.nbytes)
@@ -122,6 +173,21 @@ class App:
             self.telemetry.registry.register(states)
         if self.exact is not None:
             self.telemetry.registry.register(EventMetrics(self._event_counts, self.exact.readings))
+
+    def _knows_endpoints(self) -> bool:
+        return self.discovery is None or self.discovery.synced.is_set()
+
+    @property
+    def informed(self) -> bool:
+        """Whether it knows what there is to know at the start: the endpoints, and what other replicas have told."""
+        return self._knows_endpoints() and (self.replicas is None or self.replicas.settled.is_set())
+
+    async def get_informed(self) -> None:
+        """Wait for that; for other replicas no longer than a few seconds."""
+        if self.discovery is not None:
+            await self.discovery.synced.wait()
+        if self.replicas is not None:
+            await self.replicas.settled.wait()
 
     def _has_requests(self, name: str) -> bool:
         """Whether anything that was sent there is not over."""
@@ -151,15 +217,21 @@ class App:
         Raises the first error of a source or front end: a picker without its ears must not look alive.
         """
         config = self.config.scrape
-        async with AiohttpFetch(timeout=config.timeout_s) as fetch, asyncio.TaskGroup() as group:
+        asking = AiohttpFetch(timeout=config.timeout_s, api_key=self.scrape_key, tls=self.scrape_tls)
+        async with asking as fetch, asyncio.TaskGroup() as group:
             rng = random.Random(self.config.seed)
             scraper = ScrapeSource(
                 fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s, busy=self._has_requests
             )
+            scraper.health_path = self.config.health.path
             self.runtime.listen(scraper.observe)
             background = [group.create_task(self._drain_on(stop))]
             if self.exact is not None:
                 background.append(group.create_task(self._hear(self.exact, fetch, rng)))
+            if self.replicas is not None:
+                background.append(group.create_task(self.replicas.run(rng)))
+            if self.recorder is not None:
+                background.append(group.create_task(self.recorder.run()))
             background += [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
             await self._serve([*frontends, partial(serve_api, self.config, self.runtime)], stop)
             if self.snapshots is not None:
@@ -202,16 +274,25 @@ class App:
         self.runtime.drain()
 
 
-def build_scheduler(config: Config, exact: Exact | None = None) -> Scheduler:
-    """The scheduler that a configuration describes; raises ConfigError for an unknown scorer or picker."""
-    profile, picker = build_policy(config)
+def build_scheduler(config: Config, exact: Exact | None = None, policy: LivePolicy | None = None) -> Scheduler:
+    """The scheduler that a configuration describes; raises ConfigError for an unknown scorer or picker.
+
+    policy: to decide by instead of the configuration's.
+    """
+    profile, picker = build_policy(config) if policy is None else (policy, policy.pick)
     settings = Settings(
         block_bytes=config.index.block_bytes,
         max_inflight=config.queue.max_inflight,
         queue_size=config.queue.size,
+        hold_s=config.queue.hold_s,
         eject_after=config.health.eject_after,
         eject_s=config.health.eject_s,
         eject_max_s=config.health.eject_max_s,
+        retry_ratio=config.retry.ratio,
+        retry_floor=config.retry.floor,
+        hang_factor=config.health.hang_factor,
+        hang_floor_s=config.health.hang_floor_s,
+        slow_start_s=config.health.slow_start_s,
         seed=int.from_bytes(os.urandom(4)) if config.seed is None else config.seed,
         fallbacks=max([_FALLBACKS, *((profile.max_endpoints or 1) - 1 for profile in config.profiles)]),
     )
@@ -268,13 +349,46 @@ def build_saturation(config: Config) -> Detector | None:
     return build_detector(config.saturation.detector, config.saturation.parameters)
 
 
-def build_limits(config: Config) -> Limits:
-    """What a request may be."""
+def build_discovery(config: Config, clock: Clock) -> KubernetesSource | None:
+    """Where endpoints come from when none are given by hand; None where Kubernetes is not asked."""
+    wanted = config.kubernetes
+    if not wanted.wanted:
+        return None
+    if config.endpoints or config.endpoints_file is not None:
+        log.info("endpoints are given: Kubernetes is not asked for any")
+        return None
+    access = find_access(wanted.kubeconfig, wanted.context)
+    scope = Scope(
+        namespace=wanted.namespace or os.environ.get("NAMESPACE") or access.namespace or "default",
+        pools=tuple(wanted.pools),
+        group=wanted.group,
+        selector=wanted.selector or "",
+        ports=tuple(wanted.target_ports),
+        services=tuple(wanted.services),
+    )
+    return KubernetesSource(
+        access,
+        scope,
+        clock=clock,
+        rng=random.Random(config.seed),
+        objectives=config.objectives,
+        resync=wanted.resync_s,
+        silence=wanted.silence_s,
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def build_limits(config: Config, objectives: Mapping[str, int] | None = None) -> Limits:
+    """What a request may be. objectives: priorities by name where others than the configuration's are known, live."""
     return Limits(
         max_body_bytes=config.limits.max_body_bytes,
         max_attempts=config.limits.max_attempts,
         name_endpoint=config.limits.name_endpoint,
-        objectives=config.objectives,
+        objectives=config.objectives if objectives is None else objectives,
+        retry_statuses=frozenset(config.retry.statuses),
     )
 
 
@@ -284,6 +398,7 @@ def build_endpoint(spec: str | EndpointSpec) -> Endpoint:
         return parse_endpoint(spec)
     endpoint = parse_endpoint(spec.address)
     roles = {role.value: role for role in Role}
+    check_weight(spec.weight)
     if spec.role not in roles:
         raise ConfigError(f"endpoints: role {spec.role!r} of {spec.address} is not one of {', '.join(roles)}")
     return Endpoint(

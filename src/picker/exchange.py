@@ -6,13 +6,17 @@ first token and usage, and promises: every decision it accepts is followed by ex
 No IO, no clock, no knowledge of how a decision is made.
 
     HEAD -> BODY -> DECIDING -> UPSTREAM -> RESPONSE -> DONE
-                        ^----------'  (an endpoint failed before its first byte: decide again)
+                        ^----------'----------'  (an endpoint failed before its first byte: decide again)
+
+A front end that owns the upstream has the beginning of a response held back here until it is worth passing on: a 503,
+or the empty answer of an engine that is shutting down, is then another endpoint's to better.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -62,7 +66,8 @@ class RequestHead(msgspec.Struct, frozen=True, gc=False):
 
     subset: addresses the data plane restricts this request to, when it says so. followed: the response will be fed in,
     too; else nobody can tell when its first token comes. walked: the data plane tries a decision's fallbacks by itself,
-    and who has answered is known only if it says so.
+    and who has answered is known only if it says so. again: the front end can send the request to another endpoint as
+    long as nothing of a response has been passed on; it must be ready for `Submit` among the actions of a response.
     """
 
     method: str
@@ -72,6 +77,7 @@ class RequestHead(msgspec.Struct, frozen=True, gc=False):
     subset: frozenset[str] | None = None
     followed: bool = True
     walked: bool = False
+    again: bool = False
 
 
 class RequestBody(msgspec.Struct, frozen=True, gc=False):
@@ -87,9 +93,13 @@ class Decided(msgspec.Struct, frozen=True, gc=False):
 
 
 class UpstreamFailed(msgspec.Struct, frozen=True, gc=False):
-    """The endpoint could not be reached, or broke off; only a front end that owns the upstream sends this."""
+    """The endpoint could not be reached, or broke off; only a front end that owns the upstream sends this.
+
+    hung: it gave no sign of life for much longer than it should have taken; another one is worth a try.
+    """
 
     reason: FailureReason
+    hung: bool = False
 
 
 class ResponseHead(msgspec.Struct, frozen=True, gc=False):
@@ -187,10 +197,12 @@ class Limits:
 
     name_endpoint: tell the client which endpoint served it (`x-picker-endpoint`) and our request id. objectives: the
     priorities of the objectives that requests may name in a header; a name that is not there has the priority 0.
+    retry_statuses: answers of an endpoint that another one may better.
     """
 
     max_body_bytes: int = 32 * 1024 * 1024
     max_attempts: int = 3
+    retry_statuses: frozenset[int] = frozenset((502, 503, 504))
     name_endpoint: bool = True
     objectives: Mapping[str, int] = field(default_factory=dict)
 
@@ -213,7 +225,11 @@ _DROPPED = {
     RejectReason.EXPIRED: "rejected-ttl-expired",
     RejectReason.SHUTDOWN: "rejected-shutting-down",
 }
-_RETRYABLE = frozenset({FailureReason.CONNECT, FailureReason.RESET})
+# So much of a response is held back at most: a refusal is a few hundred bytes, an empty answer one or two KB.
+_HELD_BYTES = 64 * 1024
+_EMPTY_ANSWER_BYTES = 4 * 1024
+_END_MARKER = b"data: [DONE]"
+_KEPT_OF_REFUSALS = ("content-type", "retry-after")
 
 
 class Exchange:
@@ -229,7 +245,11 @@ class Exchange:
         "_decision",
         "_failed",
         "_head",
+        "_held",
+        "_held_bytes",
         "_observer",
+        "_pieces",
+        "_refusal",
         "_size",
         "_status",
         "_submit",
@@ -253,6 +273,10 @@ class Exchange:
         self._attempts = 0
         self._failed: FailureReason | None = None
         self._status = 0
+        self._held: PassHead | None = None  # the response's head, while it may still be replaced by another's
+        self._pieces: list[bytes] = []  # and what has come of its body
+        self._held_bytes = 0
+        self._refusal: Respond | None = None  # the answer if nobody has a better one
 
     def receive(self, event: Event) -> list[Action]:
         """Advance by one event; raises `WireError` when the data plane sends events out of order."""
@@ -269,10 +293,19 @@ class Exchange:
                 return self._decided(outcome)
             case ResponseHead():
                 return self._response_head(event)
-            case UpstreamFailed(reason):
-                return self._upstream_failed(reason)
+            case UpstreamFailed(reason, hung):
+                return self._upstream_failed(reason, hung)
             case Closed(reason):
                 return self._end([], self._failure(reason))
+
+    @property
+    def passes(self) -> Callable[[bytes, int, int], bool]:
+        """Tells whether data[start:end], the next of a body, may go to the client with nothing to be done for it.
+
+        A shortcut for most of a stream, from the response's head on: what it does not let pass has to be received as
+        an event, and so has the end. Nothing passes while a response is held back.
+        """
+        return _nothing_passes if self._observer is None else self._observer.passes
 
     # request side
 
@@ -344,10 +377,12 @@ class Exchange:
         return [Forward(outcome, body, pin, bodyless=self._head.end)]
 
     def _reject(self, rejection: Rejection) -> list[Action]:
+        if self._refusal is not None:
+            return self._end([self._refusal], [])
         if self._failed is not None and rejection.reason is RejectReason.NO_MATCH:
             return self._give_up(self._failed, "there is no other to try")
         retry = rejection.retry_after
-        headers: Headers = () if retry is None else (("retry-after", str(max(1, round(retry)))),)
+        headers: Headers = () if retry is None else (("retry-after", str(max(1, math.ceil(retry)))),)
         if (dropped := _DROPPED.get(rejection.reason)) is not None:
             headers = (*headers, (DROPPED_HEADER, dropped))
         param = "model" if rejection.reason is RejectReason.UNKNOWN_MODEL else None
@@ -358,17 +393,43 @@ class Exchange:
     def _response_head(self, event: ResponseHead) -> list[Action]:
         self._expect(Phase.UPSTREAM)
         assert self._submit is not None
-        self._body = []
         self.phase = Phase.RESPONSE
         stream = self._submit.call.stream
         self._observer = sse.observer_for(event.headers.get("content-type", ""), stream=stream)
         self._status = event.status
         started = Report(ResponseStarted(self.id, event.status, self._served_by(event)))
-        actions: list[Action] = [started, PassHead(self._names(event.served_by), event.end)]
+        first = PassHead(self._names(event.served_by), event.end)
+        if self._replaceable(event):
+            self._held, self._held_bytes = first, 0
+            if event.status != 200:
+                self._refusal = self._as_answer(event, first)
+            return [started, *self._refused()] if event.end else [started]
+        self._body, self._submit = [], None  # nobody asks again
+        actions: list[Action] = [started, first]
         if not event.end:
             return actions
         self._observer.feed(b"", end=True)
         return self._end(actions, self._finished())
+
+    def _replaceable(self, event: ResponseHead) -> bool:
+        """Whether what comes may be of no use, and another endpoint may be asked instead."""
+        if not self._may_try_again():
+            return False
+        if event.status == 200:
+            return not event.end
+        return event.status in self.limits.retry_statuses
+
+    def _may_try_again(self) -> bool:
+        assert self._head is not None
+        return self._head.again and self._attempts < self.limits.max_attempts and self._repeatable()
+
+    def _repeatable(self) -> bool:
+        assert self._head is not None
+        return openai.repeatable(self._head.method, self._head.path)
+
+    def _as_answer(self, event: ResponseHead, first: PassHead) -> Respond:
+        kept = tuple((name, event.headers[name]) for name in _KEPT_OF_REFUSALS if name in event.headers)
+        return Respond(event.status, kept + first.set_headers, b"")
 
     def _served_by(self, event: ResponseHead) -> str | None:
         assert self._head is not None
@@ -387,6 +448,8 @@ class Exchange:
         self._expect(Phase.RESPONSE)
         observer = self._observer
         assert observer is not None
+        if self._held is not None:
+            return self._held_body(event, self._held, observer)
         waiting = not observer.first_token
         observer.feed(event.data, end=event.end)
         actions: list[Action] = [PassBody(event.data, event.end)]
@@ -394,19 +457,91 @@ class Exchange:
             actions.append(Report(FirstToken(self.id)))
         return self._end(actions, self._finished()) if event.end else actions
 
-    def _upstream_failed(self, reason: FailureReason) -> list[Action]:
-        if self.phase is Phase.RESPONSE:
-            return self._end([Cut(reason)], self._failure(reason))
-        self._expect(Phase.UPSTREAM)
+    def _held_body(self, event: ResponseBody, first: PassHead, observer: sse.Observer) -> list[Action]:
+        """More of a response that nobody has seen yet: let it go as soon as it is an answer."""
+        assert self._submit is not None
+        observer.feed(event.data, end=event.end)
+        self._pieces.append(event.data)
+        self._held_bytes += len(event.data)
+        if self._status != 200:
+            if event.end:
+                return self._refused()
+            return [] if self._held_bytes <= _HELD_BYTES else self._let_go(event, first, observer)
+        if observer.empty_abort or (event.end and self._says_nothing()):
+            return self._refused()
+        if observer.error in self.limits.retry_statuses:
+            return self._refused()
+        undecided = not event.end and self._undecided(observer)
+        return [] if undecided else self._let_go(event, first, observer)
+
+    def _says_nothing(self) -> bool:
+        """Whether a generation has ended with not a byte of it."""
+        assert self._submit is not None
+        return not self._held_bytes and self._submit.call.kind is not CallKind.OTHER
+
+    def _undecided(self, observer: sse.Observer) -> bool:
+        """Whether what has come so far may be the beginning of an empty answer."""
+        if isinstance(observer, sse.StreamObserver):
+            return _END_MARKER.startswith(b"".join(self._pieces).strip())
+        assert self._submit is not None
+        return self._submit.call.kind is not CallKind.OTHER and self._held_bytes <= _EMPTY_ANSWER_BYTES
+
+    def _let_go(self, event: ResponseBody, first: PassHead, observer: sse.Observer) -> list[Action]:
+        pieces, self._pieces, self._held, self._refusal, self._body = self._pieces, [], None, None, []
+        self._submit = None
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        actions: list[Action] = [first, PassBody(data, event.end)]
+        if observer.first_token and self._status < 400:
+            actions.append(Report(FirstToken(self.id)))
+        return self._end(actions, self._finished()) if event.end else actions
+
+    def _refused(self) -> list[Action]:
+        """An endpoint has answered that it does not answer: report how, and ask for another one."""
+        observer, body = self._observer, b"".join(self._pieces)
+        assert observer is not None
+        if self._status != 200 and self._refusal is not None:
+            self._refusal = msgspec.structs.replace(self._refusal, body=body)
+            report: Fact = Finished(self.id, self._status)
+        else:
+            self._refusal = self._unavailable()
+            report = Finished(self.id, observer.error) if observer.error else Failed(self.id, FailureReason.TRUNCATED)
+        return [Report(report), *self._try_another()]
+
+    def _unavailable(self) -> Respond:
+        """What an engine should say that gives up every request while it shuts down."""
+        message = "The endpoint is shutting down, and there is no other to try."
+        headers = (("content-type", "application/json"), ("retry-after", "1"))
+        return Respond(503, headers, self._error_body(503, message))
+
+    def _try_another(self) -> list[Action]:
         assert self._submit is not None
         assert self._decision is not None
         tried = self._submit.exclude | {self._decision.endpoint.name}
-        failed = self._failure(reason)
-        if reason in _RETRYABLE and self._attempts < self.limits.max_attempts:
-            self._submit, self._failed = msgspec.structs.replace(self._submit, exclude=tried), reason
-            self.phase = Phase.DECIDING
-            return [*failed, self._submit]
+        self._held, self._pieces, self._decision, self._observer = None, [], None, None
+        self._submit = msgspec.structs.replace(self._submit, exclude=tried)
+        self.phase = Phase.DECIDING
+        return [self._submit]
+
+    def _upstream_failed(self, reason: FailureReason, hung: bool) -> list[Action]:
+        if self.phase is Phase.RESPONSE and self._held is None:
+            return self._end([Cut(reason)], self._failure(reason))
+        if self.phase is not Phase.RESPONSE:
+            self._expect(Phase.UPSTREAM)
+        failed: list[Action] = [Report(Failed(self.id, reason))]
+        self._refusal = None
+        if self._worth_another(reason, hung):
+            self._failed = reason
+            return [*failed, *self._try_another()]
+        self._decision = None
         return [*failed, *self._give_up(reason, f"{self._attempts} tried")]
+
+    def _worth_another(self, reason: FailureReason, hung: bool) -> bool:
+        """What never reached an endpoint may go to any other; what did, if it may be done twice."""
+        if self._attempts >= self.limits.max_attempts:
+            return False
+        if reason is FailureReason.CONNECT:
+            return True
+        return (reason is FailureReason.RESET or (reason is FailureReason.TIMEOUT and hung)) and self._repeatable()
 
     def _give_up(self, reason: FailureReason, why: str) -> list[Action]:
         message = f"The endpoint failed before it answered ({reason.value}); {why}."
@@ -443,10 +578,18 @@ class Exchange:
     def _answer(
         self, status: int, message: str, *, headers: Headers = (), kind: str | None = None, param: str | None = None
     ) -> list[Action]:
-        body = openai.error_body(status, message, kind=kind, param=param)
+        body = self._error_body(status, message, kind=kind, param=param)
         return self._end([Respond(status, (("content-type", "application/json"), *headers), body)], [])
+
+    def _error_body(self, status: int, message: str, *, kind: str | None = None, param: str | None = None) -> bytes:
+        path = "" if self._head is None else self._head.path
+        return openai.error_body_for(path, status, message, kind=kind, param=param)
 
     def _expect(self, phase: Phase) -> None:
         if self.phase is not phase:
             detail = f"an event for phase {phase.value} arrived in phase {self.phase.value}"
             raise WireError(f"The data plane broke the protocol: {detail}.", status=500, kind="InternalServerError")
+
+
+def _nothing_passes(data: bytes, start: int, end: int) -> bool:
+    return False

@@ -89,8 +89,15 @@ class Gate(abc.ABC):
             pending = exchange.receive(Decided(await self.decide(exchange.id, asked)))
         return actions
 
+    async def ask(self, exchange: Exchange, submit: Submit) -> list[Action]:
+        """Have decided what `follow` has left open; the actions are those of `receive`. Raises UndecidedError."""
+        return await self.receive(exchange, Decided(await self.decide(exchange.id, submit)))
+
     def follow(self, exchange: Exchange, event: ResponseHead | ResponseBody | UpstreamFailed) -> list[Action]:
-        """As `receive`, for what comes after a response head: no more is to be decided, and nothing to wait for."""
+        """As `receive`, for what comes after a response head, without waiting.
+
+        A `Submit` among the actions is the last of them; only a request that may be sent `again` has any. See `ask`.
+        """
         actions: list[Action] = []
         for action in exchange.receive(event):
             if isinstance(action, Report):

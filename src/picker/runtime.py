@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from picker.core import filters
 from picker.core.scheduler import Scheduler
 from picker.exchange import Limits, Submit
 from picker.gate import Clock, Gate, prepare
@@ -22,6 +24,7 @@ from picker.prefix.blocks import BlockHasher
 from picker.telemetry import Telemetry
 from picker.types import (
     Call,
+    Endpoint,
     Fact,
     Failed,
     FailureReason,
@@ -73,7 +76,8 @@ class Runtime(Gate):
     clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact after the
     scheduler (the scraper follows discovery this way). records: how many recent decisions are kept for debugging.
     reader: reads prompts for exact matching. headers: names, in lower case, of the request headers that decisions
-    depend on.
+    depend on. patience: seconds that any response may take to begin before `patience_with` is asked. reports: what
+    sources say of themselves, for `/readyz`.
     """
 
     def __init__(
@@ -88,11 +92,14 @@ class Runtime(Gate):
         headers: frozenset[str] = frozenset(),
         queue_timeout: float | None = None,
         records: int = 256,
+        patience: float = math.inf,
     ) -> None:
         super().__init__(clock, limits or Limits())
         self.scheduler = scheduler
         self.telemetry: Telemetry = telemetry
+        self.leaving = False  # still serving, and about to drain
         self.draining = False
+        self.patience = patience
         self._hasher = hasher
         self._reader = reader
         self._headers = headers
@@ -101,6 +108,7 @@ class Runtime(Gate):
         self._queued: dict[int, Request] = {}
         self._records: OrderedDict[int, Record] = OrderedDict()
         self._keep = records
+        self.reports: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._listeners: list[Listener] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -129,6 +137,19 @@ class Runtime(Gate):
             listener(fact)
         self._poll(now)
 
+    def learn(self, facts: Sequence[Fact]) -> None:
+        """Tell the scheduler what other replicas have decided and seen; nobody else here needs to know."""
+        now = self.clock()
+        for fact in facts:
+            try:
+                self.scheduler.apply(fact, now)
+            except Exception:
+                # Supervision: one bad fact of another replica must not end the bus.
+                self.telemetry.internal_error("learn")
+                log.exception("applying another replica's %s failed; it is ignored", type(fact).__name__)
+        self._say_notices()
+        self._poll(now)
+
     def listen(self, listener: Listener) -> None:
         """Have every fact handed on after the scheduler has seen it."""
         self._listeners.append(listener)
@@ -136,6 +157,22 @@ class Runtime(Gate):
     def drain(self) -> None:
         """Take nothing new: every further request is answered 503, what runs goes on."""
         self.draining = True
+
+    def patience_with(self, request_id: int) -> float:
+        """How many more seconds a request may be waited for where it went; 0 or less: its endpoint hangs."""
+        return math.inf if self.patience == math.inf else self.scheduler.patience(request_id, self.clock())
+
+    # endpoints
+
+    def answers(self, name: str) -> bool:
+        """Whether an endpoint is in the pool and can be reached, as far as is known."""
+        row = self.scheduler.pool.row(name)
+        return row is not None and bool(filters.alive(self.scheduler.pool, self.clock())[row])
+
+    def answering(self) -> list[Endpoint]:
+        """The endpoints that can be reached, as far as is known."""
+        alive = filters.alive(self.scheduler.pool, self.clock())
+        return [endpoint for row, endpoint in self.scheduler.pool if alive[row]]
 
     # debugging
 

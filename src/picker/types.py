@@ -445,6 +445,30 @@ class Failed:
     reason: FailureReason
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Booked:
+    """Another replica has sent a request to an endpoint. What becomes of it follows as facts of its id.
+
+    request: under an id that none of ours has. uncached of tokens: prompt tokens to be computed there, as expected.
+    matched: its leading blocks that were expected to be cached there. others: endpoints to be tried behind it.
+    """
+
+    name: str
+    request: Request
+    uncached: float
+    tokens: float
+    matched: int = 0
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixHeld:
+    """Another replica believes that an endpoint holds these blocks. block_hashes: (b,) chained, oldest first."""
+
+    name: str
+    block_hashes: UInt64Array
+
+
 Fact = (
     EndpointAdded
     | EndpointRemoved
@@ -461,4 +485,6 @@ Fact = (
     | FirstToken
     | Finished
     | Failed
+    | Booked
+    | PrefixHeld
 )

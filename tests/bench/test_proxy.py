@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from picker.bench import peers
 from picker.bench.proxy import COLUMNS, rows
 from picker.commands.bench import command
 
@@ -18,6 +19,7 @@ CONTRACT = {
 @pytest.mark.e2e
 def test_every_way_gets_a_row_with_the_keys_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(peers.ENVIRONMENT, str(tmp_path / "nowhere"))
     broken = tmp_path / "smg"
     broken.write_text("#!/bin/sh\n# from smg.cli import main\necho out of order >&2\nexit 3\n")
     broken.chmod(0o755)
@@ -33,6 +35,8 @@ def test_every_way_gets_a_row_with_the_keys_of_the_contract(tmp_path: Path, monk
     direct, picker = found[:2]
     assert (direct["cpu_us_per_request"], direct["added_p50_ms"], direct["rss_mb"]) == (None, None, None)
     assert picker["cpu_us_per_request"] > 0
+    assert picker["half_added_p99_ms"] is not None
+    assert direct["half_added_p99_ms"] is None
     assert picker["rss_mb"] > 1
     (warning,) = warnings
     assert warning.startswith("smg is left out")

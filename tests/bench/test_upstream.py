@@ -52,9 +52,7 @@ def test_a_json_answer_has_its_length() -> None:
 
 def test_in_lock_step_a_chunk_is_sent_when_the_one_before_has_arrived_whole() -> None:
     ask, transport = asked(3)
-    assert len(transport.written) == 1  # the head
-    ask.head_received()
-    assert len(transport.written) == 2
+    assert len(transport.written) == 2, "head and first chunk"
     size = len(payload(transport.written[1]))
     assert ask.received(size - 1) == 0
     assert len(transport.written) == 2
@@ -64,7 +62,6 @@ def test_in_lock_step_a_chunk_is_sent_when_the_one_before_has_arrived_whole() ->
 
 def test_a_stream_ends_after_as_many_chunks_as_were_asked_for() -> None:
     ask, transport = asked(3)
-    ask.head_received()
     for number in range(1, 4):
         size, rest, ended = dechunk(transport.written[number])
         assert ended == (number == 3)
@@ -86,7 +83,6 @@ def test_chunks_that_arrive_together_count_for_each() -> None:
 
 def test_an_answer_that_the_upstream_never_gave_counts_for_nothing() -> None:
     ask = Upstream().expect(whole(prompt_tokens=8), chunks=1, gap=None)
-    ask.head_received()
     assert ask.received(10_000) == 0
 
 

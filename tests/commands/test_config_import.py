@@ -55,3 +55,19 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         run(str(wrong))
     with pytest.raises(ConfigError, match="cannot read"):
         run(str(tmp_path / "none.yaml"))
+
+
+def test_a_command_line_goes_behind_a_double_dash() -> None:
+    done = run("--from", "vllm-router", "--json", "--", "--worker-urls", "http://a:8000", "--policy", "cache_aware")
+    said = json.loads(done.stdout)
+    assert (said["from"], said["config"]) == ("vllm-router", {"endpoints": ["http://a:8000"], "policy": "picker"})
+
+
+def test_a_command_line_with_its_name_needs_no_from() -> None:
+    done = run("--", "smg", "launch", "--worker-urls", "http://a:8000")
+    assert yaml.safe_load(done.stdout) == {"endpoints": ["http://a:8000"]}
+
+
+def test_an_endpoint_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="endpoint 'http://a:1/x' goes on with '/x'"):
+        run("--from", "smg", "--", "--worker-urls", "http://a:1/x")

@@ -47,7 +47,6 @@ def test_the_flags_of_a_chart_start_it_and_those_without_effect_say_so(
     assert [scorer.weight for scorer in config.profiles[0].scorers] == [2.0, 2.0, 3.0]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.partition(":")[0] for line in warned] == [
-        "--pool-name",
         "--ha-enable-leader-election has no effect",
         "--zap-encoder has no effect",
     ]
@@ -58,10 +57,21 @@ def test_every_flag_is_accepted_and_at_most_one_line_is_said(
     flag: Any, started: list[Config], caplog: pytest.LogCaptureFixture
 ) -> None:
     value = "10s" if flag.key.endswith("_s") else "true" if flag.takes == "switch" else "x"
-    value = "VersionTLS10" if flag.name == "--tls-min-version" else value
+    value = {"--tls-min-version": "VersionTLS10", "--endpoint-target-ports": "8000"}.get(flag.name, value)
     assert call(f"{flag.name}={value}").exit_code == 0
     said = [record for record in caplog.records if flag.name in record.getMessage()]
     assert len(said) == (1 if flag.why and value not in flag.fine else 0)
+
+
+def test_the_flags_of_discovery_say_what_to_look_for(started: list[Config]) -> None:
+    call("--pool-name", "a", "--pool", "b", "--pool", "a", "--pool-namespace", "llm", "--kubeconfig", "k")
+    call("--endpoint-selector", "app=vllm,tier in (a)", "--endpoint-target-ports", "8000, 8001")
+    pools, selected = (config.kubernetes for config in started)
+    assert (pools.pools, pools.namespace, pools.kubeconfig) == (["a", "b"], "llm", "k")
+    assert (selected.selector, selected.target_ports) == ("app=vllm,tier in (a)", [8000, 8001])
+    assert started[0].epp.pool_name == "a"
+    with pytest.raises(ConfigError, match="--endpoint-target-ports: 'http' is not a port"):
+        call("--endpoint-target-ports", "http")
 
 
 @pytest.mark.parametrize("value", ["", "=true", "=false", "=T", "=0"])

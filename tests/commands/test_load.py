@@ -7,20 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from load.fake_openai import FakeAnswer, Json, answer_well, chunk, fake_server
-from picker.commands.load import command, plan_and_pace
+from picker.commands.load import command
+from picker.commands.load_plan import plan_and_pace, plan_options
 from picker.errors import ConfigError
 from picker.load.schedule import Pace
 from picker.load.workload import Plan
 
 
+@click.command()
+def command_of_nothing() -> None:
+    """Has the flags of a plan."""
+
+
 def planned(*flags: str) -> tuple[Plan, Pace]:
     """The plan and pace of a command line."""
     shape: dict[str, Any] = command.make_context("load", ["http://x", *flags]).params
-    named = ("url", "model", "api", "api_key", "ignore_eos", "timeout", "records", "strict", "as_json")
-    return plan_and_pace(**{name: value for name, value in shape.items() if name not in named})
+    known = {option.name for option in plan_options(command_of_nothing).params} | {"time_scale"}
+    return plan_and_pace(**{name: value for name, value in shape.items() if name in known})
 
 
 def test_rate_and_duration_decide_the_number_of_requests() -> None:
@@ -62,6 +69,49 @@ def test_a_trace_is_cut_by_its_flags(tmp_path: Path) -> None:
     assert pace.until is None
 
 
+def test_stages_are_windows_of_the_plan() -> None:
+    plan, pace = planned("--stages", "100x10,200x5", "--arrivals", "constant")
+    assert list(plan.stages) == [(0, 10, 100), (10, 15, 200)]
+    assert plan.requests == pytest.approx(2000, abs=2)
+    assert pace.until == 15
+
+
+def test_a_scenario_is_planned_at_a_load() -> None:
+    plan, pace = planned("--scenario", "S3", "--load", "0.3", "--pods", "2", "--limit", "40", "--time-scale", "8")
+    assert (plan.name, plan.requests, pace.time_scale) == ("bursty-chat", 40, 8.0)
+    assert pace.warmup == 120.0
+    _, cold = planned("--scenario", "S3", "--limit", "5", "--warmup", "0")
+    assert cold.warmup == 0.0
+    assert planned("--scenario", "S9", "--limit", "60")[1].closed is not None
+
+
+def test_requests_from_a_file_come_at_their_times_or_at_a_rate(tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps({**body, "timestamp": at}) for at in (10.0, 11.0, 12.5)))
+    assert [each.at for each in planned("--trace", str(path))[0].conversations] == [0.0, 1.0, 2.5]
+    assert [each.at for each in planned("--trace", str(path), "--rate-scale", "2")[0].conversations] == [0.0, 0.5, 1.25]
+    plan, _ = planned("--trace", str(path), "--rate", "10", "--arrivals", "constant", "--requests", "7")
+    assert [each.at for each in plan.conversations] == pytest.approx([0.1 * i for i in range(1, 8)])
+    assert planned("--trace", str(path), "--concurrency", "2")[1].closed == 2
+
+
+def test_broken_lines_of_a_trace_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(trace_file(tmp_path))
+    path.write_text("{\n" + path.read_text() + "\n[]")
+    assert planned("--trace", str(path))[0].requests == 8
+    told = capsys.readouterr().err
+    assert f"skipped: {path}, line 1: " in told
+    assert f"skipped: 2 of 10 lines of {path} are broken" in told
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = Path(trace_file(tmp_path))
+    path.write_text("nonsense\n" * 9 + path.read_text())
+    with pytest.raises(ConfigError, match="9 of 17 lines are broken"):
+        planned("--trace", str(path))
+
+
 @pytest.mark.parametrize(
     ("flags", "flag"),
     [
@@ -69,6 +119,18 @@ def test_a_trace_is_cut_by_its_flags(tmp_path: Path) -> None:
         (["--workload", "sessions", "--groups", "3"], "--groups"),
         (["--limit", "3"], "--limit"),
         (["--rate", "0"], "rate"),
+        (["--rate", "1e6"], "60,000,000 requests"),
+        (["--stages", "1x5,1000x86400"], "86,400,005 requests"),
+        (["--stages", "1x5", "--rate", "3"], "--rate"),
+        (["--stages", "1x5", "--duration", "3"], "--duration"),
+        (["--bursts", "6,8,32"], "--bursts"),
+        (["--arrivals", "mmpp", "--bursts", "6"], "--bursts"),
+        (["--scenario", "S3", "--rate", "3"], "--rate"),
+        (["--scenario", "S3", "--turns", "3"], "--turns"),
+        (["--scenario", "S3", "--load", "0"], "--load"),
+        (["--scenario", "S33"], "S3"),
+        (["--load", "0.5"], "--load"),
+        (["--trace-format", "mooncake"], "--trace-format"),
     ],
 )
 def test_a_flag_that_says_nothing_is_refused_by_name(flags: list[str], flag: str) -> None:
@@ -107,7 +169,19 @@ async def picker_load(*arguments: str) -> tuple[int | None, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-SMALL = ("--requests", "6", "--rate", "300", "--system-tokens", "10", "--question-tokens", "4", "--max-tokens", "2")
+SMALL = (
+    "--no-calibrate",
+    "--requests",
+    "6",
+    "--rate",
+    "300",
+    "--system-tokens",
+    "10",
+    "--question-tokens",
+    "4",
+    "--max-tokens",
+    "2",
+)
 
 
 async def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
@@ -159,6 +233,41 @@ async def test_a_server_that_is_not_there_is_one_clear_line() -> None:
     assert (status, out) == (1, "")
     assert err.strip().splitlines() == [err.strip()]
     assert "http://127.0.0.1:9 does not answer" in err
+
+
+async def test_a_server_that_is_not_like_openai_is_one_clear_line() -> None:
+    async def web_page(_: Json, answer: FakeAnswer) -> None:
+        await answer.start({"content-type": "text/html"})
+        await answer.send(b"<html>")
+
+    async with fake_server(web_page) as server:
+        status, out, err = await picker_load(server.url, "--requests", "3")
+    assert (status, out) == (1, "")
+    assert "refuses a first request: not-a-stream: the answer is text/html" in err
+
+
+async def test_a_rate_that_this_machine_cannot_send_is_told_and_strict_fails() -> None:
+    async with fake_server() as server:
+        flags = ("--no-calibrate", "--processes", "1", "--requests", "600", "--rate", "1e6", "--system-tokens", "10")
+        status, out, err = await picker_load(
+            server.url, *flags, "--question-tokens", "4", "--max-tokens", "2", "--json", "--strict"
+        )
+    figures = json.loads(out)
+    assert (status, figures["on_schedule"], figures["failed"]) == (1, False, 0)
+    assert figures["achieved_rate"] < 0.98 * figures["requested_rate"]
+    assert "NOT ON SCHEDULE" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+async def test_a_full_disk_costs_the_file_and_not_the_figures() -> None:
+    async with fake_server() as server:
+        status, out, err = await picker_load(
+            server.url, *SMALL, "--json", "--records", "/dev/full", "--save", "/dev/full"
+        )
+    assert (status, json.loads(out)["requests"]) == (1, 6)
+    assert "--records /dev/full: not written: No space left on device" in err
+    assert "--save /dev/full: not written: No space left on device" in err
+    assert "Traceback" not in err
 
 
 async def test_wrong_usage_is_status_two() -> None:

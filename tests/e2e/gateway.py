@@ -113,6 +113,8 @@ class _Proxied:
             first_byte_timeout=limits.first_byte_timeout_s,
             idle_timeout=limits.idle_timeout_s,
             grace=app.config.drain_timeout_s,
+            stall_timeout=app.config.health.stall_s,
+            merge_models=True,
         )
 
     async def serve(self, stop: asyncio.Event) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,16 @@ def test_a_client_cannot_drop_what_the_gateway_adds() -> None:
 def test_a_client_cannot_pin_a_rank_beside_ours() -> None:
     headers = to_upstream([(b"x-data-parallel-rank", b"7")], ("x-data-parallel-rank", "0"))
     assert [value for name, value in headers if name == b"x-data-parallel-rank"] == [b"0"]
+
+
+@pytest.mark.parametrize(
+    ("client", "node"), [("4.4.4.4", b"4.4.4.4"), ("2001:db8::1", b'"[2001:db8::1]"'), (None, b"unknown")]
+)
+def test_a_forwarded_field_grows_where_there_is_one(client: str | None, node: bytes) -> None:
+    raw = [(b"forwarded", b"for=1.1.1.1;host=a"), (b"forwarded", b'for="[::1]"')]
+    headers = upstream_headers(raw, (), client=client, scheme="https")
+    expected = b'for=1.1.1.1;host=a, for="[::1]", for=' + node + b";proto=https"
+    assert [value for name, value in headers if name == b"forwarded"] == [expected]
 
 
 def test_forwarded_addresses_of_several_fields_are_joined_in_order() -> None:

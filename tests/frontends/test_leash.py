@@ -166,3 +166,33 @@ def test_a_sooner_deadline_needs_no_timer_while_both_are_far() -> None:
     assert held.loop.timers == 1
     held.loop.advance(300.0)
     assert held.leash.reason is CLIENT_GONE
+
+
+def test_when_the_time_is_over_whoever_knows_better_is_asked() -> None:
+    held = Held()
+    loop, task, leash = held.loop, held.task, held.leash
+    answers = [3.0, 0.0]
+    leash.within(10.0, TIMEOUT, lambda: answers.pop(0))
+    loop.advance(12.9)
+    assert (task.cancelling, answers) == (0, [0.0])
+    loop.advance(0.2)
+    assert (task.cancelling, leash.reason) == (1, TIMEOUT)
+
+
+def test_the_next_deadline_asks_nobody() -> None:
+    held = Held()
+    loop, leash = held.loop, held.leash
+    leash.within(10.0, TIMEOUT, lambda: 1e6)
+    leash.within(1.0, TIMEOUT)
+    loop.advance(1.1)
+    assert leash.reason is TIMEOUT
+
+
+def test_how_long_somebody_has_been_waited_for() -> None:
+    held = Held()
+    loop, leash = held.loop, held.leash
+    leash.within(10.0, TIMEOUT)
+    loop.advance(4.0)
+    assert (leash.silence(TIMEOUT), leash.silence(CLIENT_GONE)) == (4.0, 0.0)
+    leash.within(10.0, CLIENT_GONE)
+    assert leash.silence(TIMEOUT) == 0.0

@@ -22,6 +22,8 @@ from frontends.fake_upstream import (
     upstream,
 )
 from picker.exchange import Limits
+from picker.frontends.proxy import Proxy
+from picker.frontends.serving import listen, port_of
 from picker.types import Endpoint, Failed, FailureReason, Finished, FirstToken, ResponseStarted
 
 PATH = "/v1/completions"
@@ -118,6 +120,36 @@ async def test_every_method_and_path_is_forwarded(client: httpx.AsyncClient, met
         assert answer.content == COMPLETION
         (seen,) = endpoint.seen
         assert (seen.method, seen.target) == (method, "/any//path/%2F?x=1&x=2")
+
+
+async def test_a_client_that_knows_no_chunks_gets_none() -> None:
+    async def script(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = await start_stream(request)
+        await response.write(DONE)
+        return response
+
+    async with upstream(script) as endpoint, served_proxy(endpoint.address) as proxy:
+        head, _, body = (await raw_exchange(proxy.port, b"GET /v1/x HTTP/1.0\r\n\r\n")).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head
+        assert body == EVENT + DONE
+
+
+async def test_a_long_stream_of_tokens_arrives_byte_for_byte(client: httpx.AsyncClient) -> None:
+    words = ["a", "caf\u00e9", 'qu"ote', "back\\slash", "line\n", "", "x" * 5000, "b"]
+    events = [EVENT.replace(b'" a"', json.dumps(word, ensure_ascii=False).encode()) for word in words * 5]
+
+    async def script(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = await start_stream(request)
+        for event in events:
+            await response.write(event)
+            await asyncio.sleep(0)  # a chunk by itself, mostly
+        await response.write(DONE)
+        return response
+
+    async with upstream(script) as endpoint, served_proxy(endpoint.address) as proxy:
+        answer = await client.post(proxy.url + PATH, json=ASK | {"stream": True})
+        assert answer.content == b"".join((EVENT, *events, DONE))
+        assert (await proxy.scheduler.told(Finished)).status == 200
 
 
 async def test_the_target_keeps_its_spelling() -> None:
@@ -345,6 +377,85 @@ async def test_an_endpoint_that_hangs_gives_504_and_is_aborted(client: httpx.Asy
         await gate.aborted.wait()
         again = await client.get(f"{proxy.url}/v1/models", timeout=5)
         assert again.status_code == 504, "the connection to the client goes on"
+
+
+async def test_another_endpoint_serves_when_the_first_hangs(client: httpx.AsyncClient) -> None:
+    """What is known to take no longer is not waited for until the end of all patience."""
+    gate, head = Gate(), asyncio.Event()
+
+    async def hang(request: web.Request, body: bytes) -> web.StreamResponse:
+        await web.StreamResponse(headers={"content-type": "text/event-stream"}).prepare(request)
+        head.set()
+        await gate.wait()
+        raise AssertionError
+
+    async with upstream(hang) as first, upstream() as second, served_proxy(first.address, second.address) as proxy:
+        proxy.runtime.patience = 0.05
+        proxy.scheduler.patience = lambda request_id, now: 0.0  # type: ignore[attr-defined]
+        answer = await client.post(proxy.url + PATH, json=ASK | {"stream": True})
+        assert (answer.status_code, answer.content) == (200, COMPLETION)
+        assert head.is_set()
+        assert (await proxy.scheduler.told(Failed)).reason is FailureReason.TIMEOUT
+        await gate.aborted.wait()
+
+
+async def test_an_endpoint_that_is_only_slow_is_waited_for(client: httpx.AsyncClient) -> None:
+    gate = Gate()
+    asked: list[float] = []
+
+    async def late(request: web.Request, body: bytes) -> web.StreamResponse:
+        await gate.wait()
+        return web.Response(body=COMPLETION, content_type="application/json")
+
+    def patience(request_id: int, now: float) -> float:
+        asked.append(now)
+        if len(asked) == 3:
+            gate.open.set()
+        return 0.01
+
+    async with upstream(late) as endpoint, served_proxy(endpoint.address) as proxy:
+        proxy.runtime.patience = 0.01
+        proxy.scheduler.patience = patience  # type: ignore[attr-defined]
+        answer = await client.post(proxy.url + PATH, json=ASK)
+        assert (answer.status_code, answer.content) == (200, COMPLETION)
+        assert len(asked) >= 3
+
+
+async def test_another_endpoint_serves_when_the_first_is_full_or_gives_up(client: httpx.AsyncClient) -> None:
+    async def full(request: web.Request, body: bytes) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "busy", "code": 503}}, status=503)
+
+    async def drains(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(DONE)
+        return response
+
+    async with upstream(full) as a, upstream(drains) as b, upstream() as c:
+        async with served_proxy(a.address, b.address, c.address) as proxy:
+            answer = await client.post(proxy.url + PATH, json=ASK | {"stream": True})
+            assert (answer.status_code, answer.content) == (200, COMPLETION)
+            assert answer.headers["x-picker-endpoint"] == c.address
+            assert [len(each.seen) for each in (a, b, c)] == [1, 1, 1]
+        async with served_proxy(a.address) as proxy:
+            answer = await client.post(proxy.url + PATH, json=ASK)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (503, "busy")
+
+
+async def test_a_proxy_that_is_about_to_leave_serves_and_has_its_clients_let_go(client: httpx.AsyncClient) -> None:
+    listener, leaving, stop = listen("127.0.0.1", 0), asyncio.Event(), asyncio.Event()
+    async with upstream() as endpoint, served_proxy(endpoint.address) as other, asyncio.TaskGroup() as group:
+        proxy, url = Proxy(other.runtime), f"http://127.0.0.1:{port_of(listener)}{PATH}"
+        group.create_task(proxy.serve(listener, stop))
+        parting = group.create_task(proxy.part(leaving, stop, 3600.0))
+        assert "connection" not in (await client.post(url, json=ASK)).headers
+        leaving.set()
+        await asyncio.sleep(0)
+        answer = await client.post(url, json=ASK)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert other.runtime.leaving
+        parting.cancel()
+        stop.set()
 
 
 async def test_a_stream_that_stalls_is_cut(client: httpx.AsyncClient) -> None:
@@ -622,8 +733,11 @@ async def test_a_target_that_is_no_path_is_refused(caplog: pytest.LogCaptureFixt
 
 async def test_bytes_that_are_not_http_get_400_and_the_end_of_the_connection(caplog: pytest.LogCaptureFixture) -> None:
     async with served_proxy() as proxy:
-        for nonsense in (b"hello\r\n\r\n", b"CONNECT example.com:443 HTTP/1.1\r\nhost: h\r\n\r\n"):
-            assert (await raw_exchange(proxy.port, nonsense)).startswith(b"HTTP/1.1 400 ")
+        for nonsense, status in (
+            (b"hello\r\n\r\n", b"400"),
+            (b"CONNECT example.com:443 HTTP/1.1\r\nhost: h\r\n\r\n", b"501"),
+        ):
+            assert (await raw_exchange(proxy.port, nonsense)).startswith(b"HTTP/1.1 %b " % status)
     assert caplog.messages == []
 
 

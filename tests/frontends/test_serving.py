@@ -55,6 +55,25 @@ async def test_it_answers_until_it_is_stopped_and_leaves_signals_alone() -> None
     listen("127.0.0.1", port).close()
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_who_has_just_come_when_it_stops_is_served(accepted: bool) -> None:
+    listener, stop = listen("127.0.0.1", 0), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(hello, listener, stop, grace=1.0))
+        client = socket.create_connection(("127.0.0.1", port_of(listener)))  # by the kernel; the loop has not looked
+        client.setblocking(False)
+        if accepted:
+            for _ in range(5):
+                await asyncio.sleep(0)
+        stop.set()
+        for _ in range(8):
+            await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert (await loop.sock_recv(client, 1000)).endswith(b"hi")
+        client.close()
+
+
 async def test_cancelling_it_frees_the_port_and_its_connections() -> None:
     listener = listen("127.0.0.1", 0)
     port = port_of(listener)
@@ -126,12 +145,21 @@ async def test_large_heads_one_after_another_are_fine() -> None:
             assert (await reader.readuntil(b"hi")).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: h\r\nx"])
-async def test_a_connection_that_never_brings_a_request_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sent", "line"),
+    [
+        (b"", b""),
+        (b"GET / HT", b"HTTP/1.1 408 Request Timeout"),
+        (b"GET / HTTP/1.1\r\nhost: h\r\nx", b"HTTP/1.1 408 Request Timeout"),
+    ],
+)
+async def test_a_connection_that_never_brings_a_request_is_closed(
+    sent: bytes, line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("picker.frontends.serving._KEEPALIVE_SECONDS", 0.01)
     async with served() as (reader, writer):
         writer.write(sent)
-        assert await reader.read() == b""
+        assert (await reader.read()).partition(b"\r\n")[0] == line
 
 
 async def test_a_request_that_takes_longer_than_an_idle_connection_lives_is_served(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -404,3 +404,134 @@ async def test_an_endpoint_has_to_wait_when_nobody_takes_its_body() -> None:
     assert wire.paused
     assert len(reply.take()) == 300_000
     assert not wire.paused
+
+
+# --- whole chunks past the parser ---------------------------------------------------------------------------
+
+CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Lane:
+    """Takes chunks past the parser, and what comes the other way, in the order they came."""
+
+    def __init__(self, *, takes: bool = True) -> None:
+        self.bucket = Bucket()
+        self.taken: list[bytes] = []
+        self._takes = takes
+
+    def shortcut(self, chunk: bytes, begin: int, end: int) -> bool:
+        if self._takes:
+            self.taken.append(chunk)
+            self.bucket.got.append((chunk[begin:end], False))
+        return self._takes
+
+    async def watch(self, wire: Wire, *pieces: bytes) -> FailureReason | None:
+        """What became of a chunked response whose pieces come while it is poured."""
+        reply = await wire.answer(CHUNKED_HEAD)
+        assert reply is not None
+        done = asyncio.get_running_loop().create_future()
+
+        async def pour() -> None:
+            done.set_result(await reply.pour(self.bucket, self.shortcut))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pour())
+            await asyncio.sleep(0)
+            for piece in pieces:
+                wire.connection.data_received(piece)
+            if not reply.complete:
+                wire.end()
+        return cast(FailureReason | None, done.result())
+
+
+async def test_a_chunk_that_comes_by_itself_takes_the_shortcut_as_it_is() -> None:
+    wire, lane = Wire(), Lane()
+    assert await lane.watch(wire, b"1\r\na\r\n", b"2\r\nbc\r\n", b"0A\r\n0123456789\r\n", b"0\r\n\r\n") is None
+    assert lane.taken == [b"2\r\nbc\r\n", b"0A\r\n0123456789\r\n"], "the first shows where chunks begin"
+    assert lane.bucket.data == b"abc0123456789"
+    assert wire.rests == 1
+
+
+async def test_a_chunk_that_is_not_taken_goes_the_usual_way() -> None:
+    wire, lane = Wire(), Lane(takes=False)
+    assert await lane.watch(wire, b"1\r\na\r\n", b"2\r\nbc\r\n", b"0\r\n\r\n") is None
+    assert lane.bucket.data == b"abc"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"2\r\nbc",
+        b"2\r\nbc\r",
+        b"2\r\nbcxx",
+        b"2;x=y\r\nbc\r\n",
+        b"1\r\nb\r\n1\r\nc\r\n",
+        b"2\r\nbc\r\n0\r\n\r\n",
+        b"0\r\n\r\n",
+        b"",
+        *(
+            b"+2\r\nbc\r\n",
+            b"0x2\r\nbc\r\n",
+            b" 2\r\nbc\r\n",
+            b"0_2\r\nbc\r\n",
+            b"2\nbc\r\n",
+            b"\r\nbc\r\n",
+            b"3\r\nbc\r\n",
+        ),
+    ],
+)
+async def test_only_one_whole_chunk_takes_the_shortcut(piece: bytes) -> None:
+    lane = Lane()
+    await lane.watch(Wire(), b"1\r\na\r\n", piece)
+    assert lane.taken == []
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"1", b"1\r\nx\r\n", b"12345678901234\r\n"),
+        (b"11\r", b"\n1\r\nx\r\n", b"12345678901\r\n"),
+        (b"11\r\n", b"1\r\nx\r\n", b"12345678901\r\n"),
+        (b"11\r\n12345", b"1\r\nx\r\n", b"123456\r\n"),
+    ],
+)
+async def test_bytes_that_look_like_a_chunk_within_another_are_none(pieces: tuple[bytes, ...]) -> None:
+    wire, lane = Wire(), Lane()
+    assert await lane.watch(wire, b"1\r\na\r\n", *pieces, b"0\r\n\r\n") is None
+    assert lane.taken == []
+    assert lane.bucket.data == b"a" + b"".join(pieces).partition(b"\r\n")[2][:17]
+
+
+async def test_a_body_with_a_length_knows_no_chunks() -> None:
+    wire, lane = Wire(), Lane()
+    reply = await wire.answer(b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\n1\r\na\r\n")
+    assert reply is not None
+    async with asyncio.TaskGroup() as group:
+        group.create_task(reply.pour(lane.bucket, lane.shortcut))
+        await asyncio.sleep(0)
+        wire.connection.data_received(b"1\r\nb\r\n")
+    assert (lane.taken, lane.bucket.data) == ([], b"1\r\na\r\n1\r\nb\r\n")
+
+
+async def test_a_connection_forgets_the_chunks_of_its_last_response() -> None:
+    wire, lane = Wire(), Lane()
+    assert await lane.watch(wire, b"1\r\na\r\n", b"1\r\nb\r\n", b"0\r\n\r\n") is None
+    again = Lane()
+    assert await again.watch(wire, b"1\r\nc\r\n", b"0\r\n\r\n") is None
+    assert (again.taken, again.bucket.data) == ([], b"c")
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=40), max_size=8), st.lists(st.integers(0, 300), max_size=8), st.randoms())
+def test_the_body_is_the_same_whichever_way_its_chunks_go(contents: list[bytes], cuts: list[int], lots: Any) -> None:
+    async def run() -> None:
+        chunks = [b"%x\r\n%b\r\n" % (len(content), content) for content in contents if content]
+        body = b"".join(chunks) + b"0\r\n\r\n"
+        edges = {0, len(body), *(cut for cut in cuts if cut < len(body))}
+        edges |= {edge for edge in itertools.accumulate(map(len, chunks)) if lots.random() < 0.7}
+        wire, lane = Wire(), Lane()
+        assert await lane.watch(wire, *(body[a:b] for a, b in itertools.pairwise(sorted(edges)))) is None
+        assert lane.bucket.data == b"".join(contents)
+        assert (wire.rests, wire.aborted) == (1, False)
+
+    asyncio.run(run())

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from load.fake_openai import DONE, chunk, usage
-from picker.load.stream import Answer, AnswerStream
+from picker.load.stream import Answer, AnswerStream, WholeAnswer
 
 ROLE = chunk("", role="assistant")
 WHOLE = ROLE + chunk("one ") + chunk("two") + usage(40, 2, 16) + DONE
@@ -75,8 +76,52 @@ def test_an_error_inside_the_stream_is_reported() -> None:
     assert fed(b'data: {"error": "bad"}\n\n', DONE).answer().error == "bad"
 
 
-def test_the_longest_gap_begins_with_the_first_token() -> None:
+def test_gaps_lie_between_pieces_of_content_and_nothing_else() -> None:
     stream = AnswerStream()
-    for now, part in [(0.0, ROLE), (5.0, chunk("a")), (5.5, chunk("b")), (7.5, chunk("c")), (8.0, DONE)]:
+    timed = [(0.0, ROLE), (5.0, chunk("a")), (5.5, chunk("b")), (6.0, b": ping\n\n"), (7.5, chunk(reasoning="c"))]
+    for now, part in [*timed, (8.0, usage(4, 3) + DONE)]:
         stream.feed(part, now)
-    assert stream.longest_gap == 2.0
+    assert list(stream.gaps()) == [0.5, 2.0]
+
+
+def test_pieces_that_come_together_have_no_gap_and_a_stall_before_them_is_whole() -> None:
+    assert list(fed(chunk("a"), chunk("b") + chunk("c") + chunk("d")).gaps()) == [1.0, 0.0, 0.0]
+
+
+def test_a_piece_is_stamped_when_it_is_whole() -> None:
+    whole = chunk("b")
+    assert list(fed(chunk("a"), whole[:9], whole[9:]).gaps()) == [2.0]
+
+
+def test_without_usage_the_pieces_are_counted() -> None:
+    answer = fed(ROLE, chunk("a"), chunk("b"), DONE).answer()
+    assert (answer.output_tokens, answer.prompt_tokens) == (2, 0)
+
+
+def test_the_text_of_a_stream_is_kept_only_when_asked_for() -> None:
+    stream = AnswerStream(keep=False)
+    stream.feed(WHOLE, 1.0)
+    assert (stream.text(), stream.answer().output_tokens) == ("", 2)
+
+
+def whole_answer(body: bytes) -> WholeAnswer:
+    answer = WholeAnswer()
+    answer.feed(body[:7], 1.0)
+    answer.feed(body[7:], 2.0)
+    return answer
+
+
+def test_an_answer_that_is_not_streamed_is_read_whole() -> None:
+    counts = b'"usage": {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 8}}'
+    chat = whole_answer(b'{"choices": [{"message": {"role": "assistant", "content": "hi"}}], ' + counts + b"}")
+    assert chat.answer() == Answer(complete=True, prompt_tokens=9, output_tokens=2, cached_tokens=8)
+    assert (chat.text(), chat.first_at, list(chat.gaps())) == ("hi", None, [])
+    completion = whole_answer(b'{"choices": [{"text": "hi"}]}')
+    assert completion.answer().complete
+    assert completion.text() == "hi"
+
+
+@pytest.mark.parametrize("body", [b"<html>hello</html>", b"[]", b'{"status": "ok"}'])
+def test_a_body_that_is_no_answer_is_an_error(body: bytes) -> None:
+    answer = whole_answer(body).answer()
+    assert (answer.complete, answer.error is None) == (False, False)

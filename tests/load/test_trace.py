@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from picker.errors import ConfigError
 from picker.load.text import render
-from picker.load.trace import Traced, TraceFormat, load, parse, plan
+from picker.load.trace import Traced, TraceFormat, load, parse, plan, sniff
 
 # Mooncake's FAST25 conversation trace and Azure's 2023 code trace, where somebody has them.
 REAL = Path(os.environ.get("PICKER_TRACES", "/nonexistent"))
@@ -50,8 +50,8 @@ def test_three_second_ticks_are_spread_in_the_order_of_the_file() -> None:
     requests = mooncake(*(line(timestamp=3000 * (i // 50), hash_ids=[i, i]) for i in range(150)))
     conversations = plan(requests, rng(), name="t", seed=0).conversations
     times = np.array([conversation.at for conversation in conversations])
-    keys = [conversation.turns[0].text[0].key for conversation in conversations]
-    original = [c.turns[0].text[0].key for r in requests for c in plan([r], rng(), name="t", seed=0).conversations]
+    keys = [conversation.turns[0].text[0] for conversation in conversations]
+    original = [c.turns[0].text[0] for r in requests for c in plan([r], rng(), name="t", seed=0).conversations]
     assert np.all(np.diff(times) >= 0)
     assert keys == original
     # 150 requests over 9 s without a hole as long as half a tick.
@@ -149,3 +149,58 @@ def test_the_real_traces_are_read_whole() -> None:
     assert (len(conversation), len(code)) == (12_031, 8_819)
     planned = plan(conversation, rng(), name="m", seed=0)
     assert planned.prompt_tokens == sum(request.prompt_tokens for request in conversation)
+
+
+def test_broken_lines_are_named_counted_and_left_out_where_somebody_listens() -> None:
+    broken: list[str] = []
+    lines = [line(), "{", line(hash_ids=[1]), line()]
+    assert len(parse(lines, TraceFormat.MOONCAKE, path="t", on_broken=broken.append)) == 2
+    assert [complaint.split(":")[0] for complaint in broken] == ["t, line 2", "t, line 3"]
+    rows = [AZURE_HEADER, "2023-11-16 18:17:03,1,2\n", "yesterday,1,2\n", "2023-11-16 18:17:05,1,2\n"]
+    assert len(parse(rows, TraceFormat.AZURE_CSV, path="a", on_broken=broken.append)) == 2
+    assert broken[-1].startswith("a, line 3: ")
+
+
+def logged(*entries: object) -> list[Traced]:
+    return parse([json.dumps(entry) for entry in entries], TraceFormat.ACCESS_LOG, path="log")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"time": "2026-01-01T00:00:00Z"}, {"time": "2026-01-01T00:00:02.500Z"}),
+        ({"ts": 1_700_000_000.0}, {"ts": 1_700_000_002.5}),
+        ({"timestamp": 1_700_000_000_000}, {"timestamp": 1_700_000_002_500}),
+        ({"at": 0}, {"at": 2.5}),
+    ],
+)
+def test_an_access_log_is_read_whatever_its_clock(first: dict[str, object], second: dict[str, object]) -> None:
+    counts = {"prompt_tokens": 100, "output_tokens": 7, "status": 200}
+    requests = logged({**second, **counts}, {**first, "usage": {"input_tokens": 5, "completion_tokens": 3}})
+    assert requests == [Traced(0.0, 5, 3), Traced(2.5, 100, 7)]
+
+
+def test_pickers_own_log_has_bytes_where_the_engine_told_no_tokens() -> None:
+    entry = {"time": "2026-01-01T00:00:00Z", "prompt_bytes": 400, "prompt_tokens": None, "output_tokens": 2}
+    assert logged(entry) == [Traced(0.0, 100, 2)]
+    assert logged({**entry, "output_tokens": None, "status": 503}) == [Traced(0.0, 100, 1)]
+
+
+def test_requests_that_ask_for_no_tokens_are_no_load_and_not_broken() -> None:
+    models = {"time": "2026-01-01T00:00:00Z", "method": "GET", "path": "/v1/models", "prompt_tokens": None}
+    asked = {**models, "method": "POST", "prompt_tokens": 8, "output_tokens": 2}
+    assert logged(models, asked) == [Traced(0.0, 8, 2)]
+
+
+@pytest.mark.parametrize("bad", [{"time": 0, "prompt_tokens": 1}, {"prompt_tokens": 1, "output_tokens": 1}, [1]])
+def test_a_bad_log_line_is_named(bad: object) -> None:
+    with pytest.raises(ConfigError, match=r"^log, line 1: "):
+        logged(bad)
+
+
+def test_a_log_is_known_by_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"time": 0, "prompt_tokens": 1, "output_tokens": 1}))
+    assert sniff(path) is TraceFormat.ACCESS_LOG
+    path.write_text(line())
+    assert sniff(path) is TraceFormat.MOONCAKE

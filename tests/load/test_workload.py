@@ -60,7 +60,7 @@ def test_a_prompt_recurs_only_after_all_others() -> None:
 def test_a_session_is_a_chain_of_turns_on_one_context() -> None:
     plan = Sessions(turns=6, system_tokens=10, context_tokens=100).plan([0.0, 1.0, 2.0], rng(), seed=0)
     shared = {conversation.system[0] for conversation in plan.conversations}
-    own = {conversation.system[1].key for conversation in plan.conversations}
+    own = {conversation.system[1] for conversation in plan.conversations}
     assert (len(shared), len(own)) == (1, 3)
     assert len({turn.text for conversation in plan.conversations for turn in conversation.turns}) == plan.requests
 

@@ -423,6 +423,23 @@ async def test_a_server_without_metrics_is_not_unhealthy(answer: FetchResult) ->
     assert scene.health() == []
 
 
+async def test_a_health_path_decides_alone_and_only_good_answers_count() -> None:
+    scene = Scene()
+    scene.source.health_path = "/health"
+    scene.source.add(pod("a"))
+    scene.pods.metrics["a:8000"] = REFUSED
+    scene.pods.models["a:8000"] = FetchResult(200)  # of every path but the metrics
+    async with scene.running():
+        await scene.time.pass_(20.0)
+        assert scene.health() == []
+        scene.pods.models["a:8000"] = FetchResult(404)
+        await scene.time.pass_(20.0)
+        assert scene.health() == [("a", False, "status 404")]
+        scene.pods.models["a:8000"] = FetchResult(200)
+        await scene.time.pass_(20.0)
+    assert scene.health()[1:] == [("a", True, "")]
+
+
 async def test_an_endpoint_that_joins_a_dead_server_is_told_unhealthy_too() -> None:
     scene = Scene()
     scene.pods.metrics["a:8000"] = REFUSED

@@ -12,7 +12,7 @@ import pytest
 
 from picker.errors import WireError
 from picker.types import Call, CallKind, Usage
-from picker.wire.openai import error_body, error_kind, parse_call, usage_of
+from picker.wire.openai import error_body, error_body_for, error_kind, parse_call, repeatable, usage_of
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -374,3 +374,27 @@ ANTHROPIC_RESPONSE = b"""{"id":"chatcmpl-1","type":"message","role":"assistant",
 )
 def test_usage_is_found_in_every_dialect_and_never_raises(body: bytes, usage: Usage | None) -> None:
     assert usage_of(body) == usage
+
+
+# --- who is answered how, and what may be done twice ---
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages?beta=true", "/v1/messages/count_tokens"])
+def test_messages_have_errors_in_anthropics_form(path: str) -> None:
+    body = msgspec.json.decode(error_body_for(path, 429, "later", kind="K", param="p"))
+    assert body == {"type": "error", "error": {"type": "rate_limit_error", "message": "later"}}
+    kinds = {status: msgspec.json.decode(error_body_for(path, status, ""))["error"]["type"] for status in (418, 502)}
+    assert kinds == {418: "invalid_request_error", 502: "api_error"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages/batches", "/health", ""])
+def test_everything_else_has_them_in_openais(path: str) -> None:
+    assert error_body_for(path, 429, "later") == error_body(429, "later")
+
+
+def test_what_only_computes_may_be_done_twice() -> None:
+    for path in ("/v1/chat/completions", "/v1/embeddings?x=y", "/v1/audio/transcriptions", "/tokenize"):
+        assert repeatable("POST", path)
+    for path in ("/v1/load_lora_adapter", "/sleep", "/v1/files", "/v1/responses/r1/cancel"):
+        assert not repeatable("POST", path)
+        assert repeatable("GET", path)

@@ -378,6 +378,89 @@ def test_a_stream_that_ends_within_a_too_long_event_ends(monkeypatch: pytest.Mon
     assert watch(b"data: " + b"x" * 500).first_token
 
 
+# --- tokens that need not be fed ---------------------------------------------------------------------------
+
+
+def shortened(*chunks: bytes) -> tuple[StreamObserver, list[bytes]]:
+    """An observer that was fed only what it did not let pass, and what it did."""
+    observer, passed = StreamObserver(), []
+    for chunk in chunks:
+        framed = b"1f\r\n" + chunk + b"\r\n"
+        if observer.passes(framed, 4, len(framed) - 2):
+            passed.append(chunk)
+        else:
+            observer.feed(chunk)
+    observer.feed(b"", end=True)
+    return observer, passed
+
+
+def saying(text: str) -> bytes:
+    return TOKEN.replace(b'"ason"', msgspec.json.encode(text))
+
+
+def test_tokens_that_differ_in_their_text_alone_need_not_be_fed() -> None:
+    stream = [ROLE, saying("one"), saying("two"), saying(" three"), saying("\u00e9\u6c34"), LAST, USAGE, DONE]
+    observer, passed = shortened(*stream)
+    assert passed == [saying(" three"), saying("\u00e9\u6c34")]
+    assert facts(observer) == facts(watch(*stream))
+
+
+@pytest.mark.parametrize("event", [TEXT, *(MESSAGES[2:3]), TOKEN.replace(b'"content"', b'"reasoning_content"')])
+def test_they_are_known_in_every_dialect_that_repeats_itself(event: bytes) -> None:
+    _, passed = shortened(event, event, event)
+    assert passed == [event]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        saying('a"b'),
+        saying("a\\"),  # the escape would make the end of the text a part of it
+        saying("a\nb"),
+        TOKEN[:-1],
+        TOKEN[:-2] + b"x\n\n",
+        TOKEN.replace(b"ason", b"a\n\ndata: [DONE]\n\ndata: "),
+        TOKEN.replace(b'"finish_reason":null', b'"finish_reason":"stop"'),
+        b"",
+        b"data: ",
+        TOKEN + TOKEN,
+        TOKEN.replace(b"data", b"xata"),
+        saying("")[len(b"data: ") :],
+    ],
+)
+def test_whatever_else_differs_is_fed(other: bytes) -> None:
+    _, passed = shortened(TOKEN, TOKEN, other)
+    assert passed == []
+
+
+def test_nothing_passes_before_the_first_token_or_within_an_event() -> None:
+    assert shortened(ROLE, ROLE, ROLE)[1] == []
+    assert shortened(TOKEN, TOKEN, TOKEN[:20], TOKEN)[1] == []
+
+
+def test_counts_that_come_with_every_token_are_fed() -> None:
+    observer, passed = shortened(*(counted(n) for n in range(1, 6)))
+    assert passed == []
+    assert observer.usage == Usage(14, 5)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([ROLE, TOKEN, TOKEN, LAST, USAGE, DONE, TEXT, CRASH, KEEP_ALIVE, counted(3), *MESSAGES]),
+            st.text(max_size=8).map(saying),
+            st.binary(max_size=6).map(lambda text: TOKEN.replace(b"ason", text)),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_what_is_let_pass_changes_nothing_of_what_is_told(stream: list[bytes], ending: bytes) -> None:
+    chunks = [event.replace(b"\n", ending) for event in stream]
+    assert facts(shortened(*chunks)[0]) == facts(watch(*chunks))
+
+
 # --- one document ---
 
 CHAT = b"""{"id":"chatcmpl-812bff066e8f5044","object":"chat.completion","created":1795202419,"model":"tiny","choices":[{"index":0,"message":{"role":"assistant","content":"asonOSplic","refusal":null,"annotations":null,"audio":null,"function_call":null,"reasoning":null},"logprobs":null,"finish_reason":"length","stop_reason":null,"token_ids":null,"routed_experts":null}],"service_tier":null,"system_fingerprint":"vllm-0.32.0-3f5380e7","usage":{"prompt_tokens":14,"total_tokens":17,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":0,"created_cache_tokens":0,"multimodal_tokens":null},"completion_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,"prompt_text":null,"kv_transfer_params":null,"ec_transfer_params":null,"metrics":null}"""  # noqa: E501

@@ -152,5 +152,5 @@ def test_facts_of_endpoints_are_no_workers_business() -> None:
 
 
 def test_an_entry_of_the_access_log_arrives_as_it_was() -> None:
-    ended = Ended("7-secret", "id", 200, "10.0.0.1:8000", FailureReason.RESET, 0.25, None)
+    ended = Ended("7-secret", "id", 200, "10.0.0.1:8000", FailureReason.RESET, 0.25, None, 3)
     assert frames.ended_of(one_from_worker(frames.logged(ended))) == ended

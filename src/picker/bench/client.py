@@ -265,7 +265,6 @@ class _Connection(asyncio.Protocol):
             if not self._begin(data[:end], data[end:]):
                 return
             data = data[end:]
-            ask.head_received()
         self._body(ask, data)
 
     def _begin(self, head: bytes, body: bytes) -> bool:

@@ -27,7 +27,7 @@ DIRECT = "direct"
 PICKER = "picker"
 COLUMNS = (
     *("name", "prompt_bytes", "chunks", "requests_per_s", "cpu_us_per_request", "added_p50_ms", "added_p99_ms"),
-    *("latency_requests", "added_chunk_p50_ms", "rss_mb", "cores"),
+    *("latency_requests", "added_chunk_p50_ms", "half_added_p99_ms", "rss_mb", "cores"),
 )
 _PROXY = re.compile(r"proxy on http://\S+?:(\d+)/v1")
 _READY_TIMEOUT = 60.0
@@ -37,7 +37,7 @@ Figures = dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class Way:
     """One way to the upstream. pid: of what is measured, None for none."""
 
     ports: tuple[int, ...]
@@ -72,8 +72,8 @@ async def rows(
     return found
 
 
-async def _repeat(upstream: Upstream, ways: Mapping[str, _Way], case: Case, seconds: float) -> dict[str, Figures]:
-    """Every way's throughput, then every way's latency at one rate that suits the slowest."""
+async def _repeat(upstream: Upstream, ways: Mapping[str, Way], case: Case, seconds: float) -> dict[str, Figures]:
+    """Every way's throughput, then every way's latency at one rate that suits the slowest, and at half its own load."""
     traffic = {name: case.traffic(upstream, way.ports) for name, way in ways.items()}
     capacity = {}
     for name, way in ways.items():
@@ -81,13 +81,27 @@ async def _repeat(upstream: Upstream, ways: Mapping[str, _Way], case: Case, seco
         capacity[name] = await closed_loop(traffic[name], seconds=seconds, processes=processes)
     rate = modest_rate(min(each.requests_per_s for each in capacity.values()))
     latency = {name: await open_loop(traffic[name], seconds=seconds, rate=rate) for name in ways}
-    return {
+    found = {
         name: _figures(way, capacity[name], latency[name], latency[DIRECT]) | {"latency_requests_per_s": rate}
         for name, way in ways.items()
     }
+    for name in ways:
+        found[name] |= await _at_half_load(traffic[name], traffic[DIRECT], capacity[name], seconds)
+    return found
 
 
-def _figures(way: _Way, capacity: Throughput, latency: Latency, baseline: Latency) -> Figures:
+async def _at_half_load(behind: Traffic, direct: Traffic, capacity: Throughput, seconds: float) -> Figures:
+    """What is added at half the rate that saturates it; nothing for no proxy at all, and for paced streams."""
+    rate = capacity.requests_per_s / 2.0
+    if behind is direct or behind.response.chunks > 1:
+        return dict.fromkeys(("half_load_per_s", "half_added_p50_ms", "half_added_p99_ms"))
+    baseline = await open_loop(direct, seconds=seconds, rate=rate)
+    figures = added(await open_loop(behind, seconds=seconds, rate=rate), baseline)
+    percents = {f"half_added_p{percent}_ms": figures[f"added_p{percent}_ms"] for percent in (50, 99)}
+    return {"half_load_per_s": rate, **percents}
+
+
+def _figures(way: Way, capacity: Throughput, latency: Latency, baseline: Latency) -> Figures:
     compared = added(latency, baseline)
     return {
         "requests_per_s": capacity.requests_per_s,
@@ -103,7 +117,7 @@ def _figures(way: _Way, capacity: Throughput, latency: Latency, baseline: Latenc
 
 
 @asynccontextmanager
-async def _running(first: Case, warn: Callable[[str], None]) -> AsyncIterator[tuple[Upstream, dict[str, _Way]]]:
+async def _running(first: Case, warn: Callable[[str], None]) -> AsyncIterator[tuple[Upstream, dict[str, Way]]]:
     """Upstream, picker and the peers that work, once each has answered `first`."""
     places = placement()
     async with AsyncExitStack() as stack:
@@ -112,15 +126,22 @@ async def _running(first: Case, warn: Callable[[str], None]) -> AsyncIterator[tu
         working = [name for name in peers.installed() if await _works(name, upstream, first, warn)]
         children = await stack.enter_async_context(supervised())
         ways = {
-            DIRECT: _Way(upstream.ports, None),
-            PICKER: await _start_picker(children, upstream, first, places.subject),
+            DIRECT: Way(upstream.ports, None),
+            PICKER: await start(PICKER, children, upstream, first, places.subject),
         }
         for name in working:
-            ways[name] = await _start_peer(children, name, upstream, first, places.subject)
+            ways[name] = await start(name, children, upstream, first, places.subject)
         yield upstream, ways
 
 
-async def _start_picker(children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> _Way:
+async def start(name: str, children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
+    """picker or an installed peer in front of the upstream, once it has answered `first`. cores: those it runs on."""
+    if name == PICKER:
+        return await _start_picker(children, upstream, first, cores)
+    return await _start_peer(children, name, upstream, first, cores)
+
+
+async def _start_picker(children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
     with pinned(cores):
         child = await children.start_picker(
             PICKER, *("proxy", "--port", "0", "--admin-port", "0"), *upstream.endpoint_flags()
@@ -129,7 +150,7 @@ async def _start_picker(children: Children, upstream: Upstream, first: Case, cor
     return await _ready(children, child, int(port), first.traffic(upstream, (int(port),)))
 
 
-async def _start_peer(children: Children, name: str, upstream: Upstream, first: Case, cores: Cores | None) -> _Way:
+async def _start_peer(children: Children, name: str, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
     port, metrics_port = _free_ports(2)
     command = peers.installed()[name] + peers.flags(upstream.urls, port=port, metrics_port=metrics_port)
     with pinned(cores):
@@ -137,9 +158,9 @@ async def _start_peer(children: Children, name: str, upstream: Upstream, first: 
     return await _ready(children, child, port, first.traffic(upstream, (port,)))
 
 
-async def _ready(children: Children, child: Child, port: int, traffic: Traffic) -> _Way:
+async def _ready(children: Children, child: Child, port: int, traffic: Traffic) -> Way:
     await children.ready(child, partial(answers, traffic), timeout=_PEER_TIMEOUT)
-    return _Way((port,), child.process.pid)
+    return Way((port,), child.process.pid)
 
 
 async def _works(name: str, upstream: Upstream, first: Case, warn: Callable[[str], None]) -> bool:

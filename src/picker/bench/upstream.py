@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 MODEL = "bench"
 _MARK = re.compile(rb"#(\d+);")
@@ -135,13 +135,11 @@ class Ask:
             self._send()
             return
         transport.write(self._response.head)
-        if self._gap is not None:
-            self._send_at(asyncio.get_running_loop().time() + self._gap)
-
-    def head_received(self) -> None:
-        """The client has the response head."""
-        if self._gap is None and self._response.head and self._transport is not None:
+        # The first chunk waits for nobody: a gateway may hold the head back until there is something behind it.
+        if self._gap is None:
             self._send()
+        else:
+            self._send_at(asyncio.get_running_loop().time() + self._gap)
 
     def received(self, size: int) -> int:
         """The client has `size` more bytes of the body; returns how many chunks they completed.
@@ -181,6 +179,12 @@ class Ask:
 # --- the server --------------------------------------------------------------------------------------------
 
 
+class Arriving(Protocol):
+    """What becomes of a request once the upstream has all of it."""
+
+    def arrive(self, transport: asyncio.WriteTransport) -> None: ...
+
+
 class Upstream:
     """What is behind the gateways: several addresses, one server. ports: on loopback, one for each endpoint."""
 
@@ -211,7 +215,7 @@ class Upstream:
         """Harmless when it has arrived."""
         self._asks.pop(ask.id, None)
 
-    def take(self, request: bytearray) -> Ask | None:
+    def take(self, request: bytearray) -> Arriving | None:
         """The expected request that these bytes are, once; None for any other."""
         found = _MARK.search(request)
         return None if found is None else self._asks.pop(int(found[1]), None)

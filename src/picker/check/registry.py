@@ -9,6 +9,7 @@ from picker.check import (
     admin_port,
     affinity,
     capacity,
+    cluster_checks,
     destination,
     failing,
     framing,
@@ -46,4 +47,6 @@ T2: Sequence[Check[Rig]] = (*routing.CHECKS, *failing.CHECKS)
 
 T3: Sequence[Check[Any]] = (*admin_port.CHECKS, *sources.CHECKS)
 
-ALL: Sequence[Check[Any]] = (*T0, *T1, *T2, *T3)
+T4: Sequence[Check[Any]] = cluster_checks.CHECKS
+
+ALL: Sequence[Check[Any]] = (*T0, *T1, *T2, *T3, *T4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from picker import envoy
-from picker.check import certificate, knowledge, pods, registry, runner
+from picker.check import certificate, cluster, cluster_run, knowledge, pods, registry, runner
 from picker.check.gateway import Gateway, Target
 from picker.check.papers import Papers, read
 from picker.check.pods import Pods
@@ -47,8 +47,8 @@ _SELF_PODS = 3
 class Plan:
     """What to check. picker: where it serves, None for picker's own. health: its health port, when that is another.
 
-    sources: for tier T3. only: ids or families of ids. binary: an Envoy of one's own. settle, bound, patience: seconds
-    (see `Subject`).
+    sources: for tier T3. cluster: for tier T4; evidence: a folder for what it measured. only: ids or families of ids.
+    binary: an Envoy of one's own. settle, bound, patience: seconds (see `Subject`).
     """
 
     tiers: frozenset[Tier]
@@ -68,6 +68,8 @@ class Plan:
     max_body: int | None = None
     logs: tuple[Path, ...] = ()
     sources: knowledge.Asked = field(default_factory=knowledge.Asked)
+    cluster: cluster.Asked | None = None
+    evidence: Path | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ async def run(plan: Plan, tell: Tell) -> Run:
                 await _run_t2(plan, stand, done, tell)
     if Tier.T3 in plan.tiers:
         done.verdicts += await knowledge.run(plan.sources, plan.only, plan.seed, plan.patience, tell)
+    if Tier.T4 in plan.tiers and plan.cluster is not None:
+        done.verdicts += await cluster_run.run(plan.cluster, plan.only, plan.patience, tell, plan.evidence)
     return done
 
 

@@ -15,12 +15,15 @@ S = TypeVar("S")
 
 
 class Tier(enum.Enum):
-    """What a check needs: files; an endpoint picker's gRPC port; a real Envoy around it; engines, or an admin port."""
+    """What a check needs: files; an endpoint picker's gRPC port; a real Envoy around it; engines, or an admin port; a
+    cluster.
+    """
 
     T0 = "T0"
     T1 = "T1"
     T2 = "T2"
     T3 = "T3"
+    T4 = "T4"
 
 
 class Level(enum.Enum):

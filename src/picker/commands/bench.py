@@ -201,6 +201,57 @@ def scrape(as_json: bool, **settings: Any) -> None:
     show("scrape", _finish(rows(**settings, progress=_progress)), as_json=as_json, columns=COLUMNS)
 
 
+@command.command()
+@click.option(
+    "--scenario", "scenarios", multiple=True, default=("S3",), show_default=True, metavar="NAME", help="Repeatable."
+)
+@click.option(
+    "--gateways", metavar="NAME,...", help="picker, round-robin, vllm-router, sglang-router, smg.  [all found here]"
+)
+@click.option("--load", type=float, metavar="RHO", help="Of what the pods could stand.  [the scenario's]")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each.")
+@click.option("--first-seed", type=int, default=0, show_default=True, metavar="N", help="The first of them.")
+@click.option("--seconds", type=float, metavar="S", help="Of arrivals, in time of the pods.  [the scenario's]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Requests at most.")
+@click.option("--time-scale", type=float, default=4.0, show_default=True, metavar="X", help="Of the pods.")
+@click.option(
+    "--stream-interval", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Tokens in an event."
+)
+@_json
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    /,
+    scenarios: tuple[str, ...],
+    gateways: str | None,
+    seeds: int,
+    first_seed: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """picker and the gateways of others, one after the other, in front of the same simulated pods, over real HTTP.
+
+    The scenarios are those of `picker simulate`; `make bench-peers` installs the others. Times are seconds of the pods.
+    Where the pods or the load came late, this machine was too small for the --time-scale: a warning says so, and the
+    exit status is 1.
+    """
+    from picker.bench.compare import COLUMNS, Setup, present, rows
+    from picker.sim.scenario import scenario
+
+    found = []
+    names = tuple(gateways.split(",")) if gateways else present()
+    for called in scenarios:
+        numbers = tuple(range(first_seed, first_seed + seeds))
+        setup = Setup(scenario(called), names, seeds=numbers, **settings)
+        found += _finish(rows(setup, progress=_progress))
+    columns = ("scenario", *COLUMNS) if len(scenarios) > 1 else COLUMNS
+    show("compare", found, as_json=as_json, columns=columns)
+    doubtful = [row for row in found if row["distorted"] or not row["on_schedule"]]
+    for row in doubtful:
+        _warn(f"{row['scenario']}, {row['gateway']}: this machine was late, so the figures are its own as well")
+    ctx.exit(1 if doubtful else 0)
+
+
 def _finish(rows: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 

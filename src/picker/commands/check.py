@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from picker.check import registry, report, session
+from picker.check.cluster import Asked as Clustered
 from picker.check.gateway import Target
 from picker.check.knowledge import Asked
 from picker.check.session import Plan
@@ -42,6 +43,13 @@ _TOPOLOGIES = {
     "--engine", "engines", multiple=True, metavar="URL", help="An engine: do its KV events tell the truth (T3)?"
 )
 @click.option("--admin", metavar="URL", help="A picker's admin port: does it complain of its sources (T3)?")
+@click.option("--kubernetes", is_flag=True, help="The pool in a cluster and all around it (T4); with --pool.")
+@click.option("--pool", metavar="NAME", help="Of the InferencePool.")
+@click.option("--namespace", metavar="NAME", help="Where it is.  [that of the context]")
+@click.option("--kubeconfig", metavar="FILE", help="How to reach Kubernetes.  [the pod's service account]")
+@click.option("--context", metavar="NAME", help="Of it.")
+@click.option("--service-account", metavar="NAME", help="Picker's: its rights count, not one's own.")
+@click.option("--gateway", metavar="URL", help="Where requests enter.  [as the Gateway's status says]")
 @click.option("--kv-events", metavar="URL", help="Where engines publish, if not told: tcp://{host}:5557.")
 @click.option("--kv-replay", metavar="URL", help="Where they replay events, likewise.")
 @click.option(
@@ -78,6 +86,13 @@ def command(
     endpoints: tuple[str, ...],
     engines: tuple[str, ...],
     admin: str | None,
+    kubernetes: bool,
+    pool: str | None,
+    namespace: str | None,
+    kubeconfig: str | None,
+    context: str | None,
+    service_account: str | None,
+    gateway: str | None,
     kv_events: str | None,
     kv_replay: str | None,
     tokenizer: Path | None,
@@ -100,7 +115,7 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Check files (T0), an endpoint picker by gRPC (T1) and with a real Envoy around it (T2), and sources (T3).
+    """Check files (T0), a picker by gRPC (T1) and with a real Envoy (T2), sources (T3), and a cluster (T4).
 
     Exit status 0 when all checks that could be run passed, 1 when one did not, 2 on wrong usage.
 
@@ -110,6 +125,7 @@ def command(
     picker check --epp 127.0.0.1:9002 --endpoint 127.0.0.1:8001 --endpoint 127.0.0.1:8002 --envoy
     picker check --files envoy.yaml manifests/ picker.yaml
     picker check --engine http://127.0.0.1:8001 --tokenizer model/ --admin http://127.0.0.1:9090
+    picker check --kubernetes --pool vllm --namespace llm --service-account picker --output evidence/
     """
     if listing:
         _list(as_json=as_json)
@@ -122,11 +138,26 @@ def command(
         replay=kv_replay,
         tokenizer=tokenizer,
     )
-    _refuse_nonsense(papers, epp=epp, own=own, with_envoy=with_envoy, sources=sources, only=only)
+    if kubernetes != (pool is not None):
+        raise click.UsageError("--kubernetes checks one pool: name it with --pool")
+    clustered = (
+        None
+        if pool is None
+        else Clustered(
+            pool, namespace, kubeconfig, context, service_account, gateway, None if model == "check" else model
+        )
+    )
+    _refuse_nonsense(papers, epp=epp, own=own, with_envoy=with_envoy, sources=sources, only=only, cluster=kubernetes)
     start_logging("error")
     plan = Plan(
         tiers=_tiers(
-            tiers, files=bool(papers), epp=epp is not None, own=own, with_envoy=with_envoy, sources=bool(sources)
+            tiers,
+            files=bool(papers),
+            epp=epp is not None,
+            own=own,
+            with_envoy=with_envoy,
+            sources=bool(sources),
+            cluster=kubernetes,
         ),
         picker=None if epp is None else Target(_address("--epp", epp), tls=tls, ca=ca, name=server_name),
         health=None if health is None else _address("--health", health),
@@ -143,10 +174,13 @@ def command(
         max_body=max_body,
         logs=logs,
         sources=sources,
+        cluster=clustered,
+        evidence=output,
     )
     if Tier.T2 in plan.tiers:
         session.need_envoy(envoy_binary)
     named = (*(str(path) for path in papers), *sources.engines, *([] if sources.admin is None else [sources.admin]))
+    named = (*named, *([] if pool is None else [f"pool {pool}"]))
     subject = "picker" if own else epp or ", ".join(named)
     ctx.exit(_conclude(_run(plan), subject, seed=seed, output=output, as_json=as_json))
 
@@ -165,13 +199,20 @@ def _conclude(done: session.Run, subject: str, *, seed: int, output: Path | None
 
 
 def _refuse_nonsense(
-    papers: Sequence[Path], *, epp: str | None, own: bool, with_envoy: bool, sources: Asked, only: Sequence[str]
+    papers: Sequence[Path],
+    *,
+    epp: str | None,
+    own: bool,
+    with_envoy: bool,
+    sources: Asked,
+    only: Sequence[str],
+    cluster: bool,
 ) -> None:
     if epp is not None and own:
         raise click.UsageError("--epp and --self are two pickers; check one at a time")
-    if not (papers or epp or own or sources):
+    if not (papers or epp or own or sources or cluster):
         raise click.UsageError(
-            "nothing to check: give --epp HOST:PORT, --self, --files FILE, --engine URL or --admin URL"
+            "nothing to check: give --epp HOST:PORT, --self, --files FILE, --engine URL, --admin URL or --kubernetes"
         )
     if with_envoy and not (epp or own):
         raise click.UsageError("--envoy goes around a picker: give --epp HOST:PORT or --self")
@@ -182,15 +223,16 @@ def _refuse_nonsense(
 
 
 def _tiers(
-    asked: Sequence[str], *, files: bool, epp: bool, own: bool, with_envoy: bool, sources: bool
+    asked: Sequence[str], *, files: bool, epp: bool, own: bool, with_envoy: bool, sources: bool, cluster: bool
 ) -> frozenset[Tier]:
     """What is possible with what was given; of that what was asked for."""
     possible = {Tier.T0: files or own, Tier.T1: epp or own, Tier.T2: own or with_envoy, Tier.T3: sources}
+    possible[Tier.T4] = cluster
     wanted = {Tier(word) for word in asked} or {tier for tier, can in possible.items() if can}
     for tier in wanted:
         if not possible[tier]:
             needs = {Tier.T0: "--files", Tier.T1: "--epp or --self", Tier.T2: "--envoy with --epp, or --self"}
-            needs[Tier.T3] = "--engine or --admin"
+            needs |= {Tier.T3: "--engine or --admin", Tier.T4: "--kubernetes"}
             raise click.UsageError(f"--tier {tier.value} needs {needs[tier]}")
     return frozenset(wanted)
 

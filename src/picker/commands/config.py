@@ -11,7 +11,7 @@ import yaml
 from picker import config as configuration
 from picker.app import build_endpoint, build_saturation, build_scheduler
 from picker.errors import ConfigError
-from picker.imports import IMPORTERS, import_text
+from picker.imports import IMPORTERS, import_text, import_words
 from picker.imports.report import Imported
 
 
@@ -51,29 +51,31 @@ def validate(file: Path, as_json: bool) -> None:
 
 
 @command.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("source", nargs=-1, required=True, metavar="FILE | -- COMMAND...")
 @click.option("--from", "project", type=click.Choice(list(IMPORTERS)), help="Whose it is.  [told by its content]")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the configuration there.")
 @click.option("--strict", is_flag=True, help="Exit status 1 when anything has no counterpart.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: the configuration and the report.")
-def import_(file: Path, project: str | None, output: Path | None, strict: bool, as_json: bool) -> None:
-    """Read another project's configuration as picker's, and say line by line what became of each part.
+def import_(source: tuple[str, ...], project: str | None, output: Path | None, strict: bool, as_json: bool) -> None:
+    """Read another project's configuration or command line as picker's, and say what became of each part.
 
-    The configuration goes to stdout, or to --output, the report to stderr. `picker epp --config FILE` reads such a file
-    as it is, too.
+    FILE: an EndpointPickerConfig, a config.yaml of LiteLLM, or a script that starts vllm-router, sglang-router, smg or
+    production-stack's router. A command line goes behind a double dash:
+
+      picker config import --from vllm-router -- --worker-urls http://a:8000 --policy cache_aware
+
+    The configuration goes to stdout, or to --output, the report to stderr. `picker epp --config FILE` reads an
+    EndpointPickerConfig as it is, too.
     """
-    try:
-        imported = import_text(file.read_text(encoding="utf-8"), project)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    name, imported = _imported(source, project)
     config = configuration.from_values(imported.values)
     build_scheduler(config)
     build_saturation(config)
+    for spec in config.endpoints:
+        build_endpoint(spec)
     text = yaml.safe_dump(dict(imported.values), sort_keys=False)
     if output is not None:
-        output.write_text(f"# Imported from {file.name} ({imported.project}).\n{text}", encoding="utf-8")
+        output.write_text(f"# Imported from {name} ({imported.project}).\n{text}", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(_as_json(imported)))
     else:
@@ -82,6 +84,19 @@ def import_(file: Path, project: str | None, output: Path | None, strict: bool, 
         _print_report(imported)
     if strict and imported.counts()["missing"]:
         raise click.exceptions.Exit(1)
+
+
+def _imported(source: tuple[str, ...], project: str | None) -> tuple[str, Imported]:
+    """What it is called, and what it says."""
+    if len(source) > 1 or source[0].startswith("-"):
+        return "a command line", import_words(source, project)
+    file = Path(source[0])
+    try:
+        return file.name, import_text(file.read_text(encoding="utf-8"), project)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def _as_json(imported: Imported) -> dict[str, object]:

@@ -27,6 +27,8 @@ log = logging.getLogger("picker.epp")
 @routing_options
 @click.option("--config-file", "epp_config_file", type=click.Path(path_type=Path), help="The same as --config.")
 @click.option("--config-text", metavar="YAML", help="The configuration itself.")
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="InferencePool to serve; repeat for several.")
+@click.option("--kubeconfig", metavar="FILE", help="How to reach Kubernetes.  [the pod's service account]")
 @click.option("--host", metavar="ADDR", help="Address of the gRPC ports.  [default: 0.0.0.0]")
 @click.option("--grpc-port", type=int, metavar="N", help="ext-proc.  [default: 9002]")
 @click.option("--grpc-health-port", type=int, metavar="N", help="gRPC health.  [default: 9003]")
@@ -47,6 +49,12 @@ log = logging.getLogger("picker.epp")
     "--fallbacks", type=bool, metavar="BOOL", help="Name endpoints to retry on; false for ORIGINAL_DST.  [true]"
 )
 @click.option("--grpc-max-recv-msg-size", type=Size(), metavar="SIZE", help="Of one gRPC message.  [64MiB]")
+@click.option(
+    "--peer", "peers", multiple=True, metavar="HOST[:PORT]", help="Another replica, or a name of all; repeat."
+)
+@click.option("--peer-port", type=int, metavar="N", help="Where replicas call this one.  [9005]")
+@click.option("--peer-redis", metavar="URL", help="A Redis or Valkey between replicas instead.")
+@click.option("--peer-secret-file", metavar="FILE", help="What all replicas know.  [$PICKER_REPLICAS_SECRET]")
 @click.option("--drain-delay", type=float, metavar="S", help="Serve on after SIGTERM until gateways know.  [5]")
 @click.option(
     "--workers",
@@ -59,6 +67,8 @@ def command(
     epp_config_file: Path | None,
     config_text: str | None,
     metrics_compat: bool | None,
+    pools: tuple[str, ...],
+    kubeconfig: str | None,
     host: str | None,
     grpc_port: int | None,
     grpc_health_port: int | None,
@@ -71,6 +81,10 @@ def command(
     fallbacks: bool | None,
     grpc_max_recv_msg_size: int | None,
     drain_delay: float | None,
+    peers: tuple[str, ...],
+    peer_port: int | None,
+    peer_redis: str | None,
+    peer_secret_file: str | None,
     workers: int | None,
     **routing: Any,
 ) -> None:
@@ -80,7 +94,8 @@ def command(
     routing["config_file"] = one_file(routing["config_file"], epp_config_file, config_text)
     config = routing_config(
         {
-            **configured(given),
+            **configured(given, pools),
+            "kubernetes.kubeconfig": kubeconfig,
             "epp.metrics_compat": metrics_compat,
             "epp.host": host,
             "epp.grpc_port": grpc_port,
@@ -93,6 +108,10 @@ def command(
             "epp.max_message_bytes": grpc_max_recv_msg_size,
             "epp.drain_delay_s": drain_delay,
             "epp.workers": workers,
+            "replicas.peers": list(peers) or None,
+            "replicas.port": peer_port,
+            "replicas.redis": peer_redis,
+            "replicas.secret_file": peer_secret_file,
             "admin.host": metrics_host,
             "admin.port": metrics_port,
         },

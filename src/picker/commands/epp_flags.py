@@ -6,7 +6,7 @@ value that asks for what picker does anyway is accepted without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,13 +39,15 @@ class Flag:
         return "epp_" + self.name.strip("-").replace("-", "_")
 
 
-_NO_KUBERNETES = "endpoints come from --endpoint, --endpoints-file or the configuration"
 _OF_METRICS = "metrics are named by the engine; use the names of vLLM, SGLang or TensorRT-LLM"
 
 FLAGS = (
     # have a counterpart
-    Flag("--pool-name", key="epp.pool_name", why=f"names the pool in metrics; {_NO_KUBERNETES}"),
+    Flag("--pool-name", key="epp.pool_name"),
     Flag("--pool-namespace", key="epp.pool_namespace"),
+    Flag("--pool-group", key="kubernetes.group"),
+    Flag("--endpoint-selector", key="kubernetes.selector"),
+    Flag("--endpoint-target-ports", key="kubernetes.target_ports", many=True),
     Flag("--refresh-metrics-interval", key="scrape.interval_s"),
     Flag("--drain-timeout", key="drain_timeout_s"),
     Flag(
@@ -57,13 +59,15 @@ FLAGS = (
     # do what picker does anyway
     Flag("--allow-experimental-plugins", _SWITCH, fine=("true", "false")),
     Flag("--enable-cert-reload", _SWITCH, "certificates are always followed as they change", fine=("true",)),
-    Flag("--pool-group", fine=("inference.networking.k8s.io",), why="pools of other groups are not looked for"),
     Flag("--refresh-prometheus-metrics-interval", fine=("0", "0s"), why="metrics are computed when they are scraped"),
     Flag("--grpc-max-send-msg-size", why="what is sent is cut into pieces of 62,000 bytes"),
     # have none
-    Flag("--endpoint-selector", why=_NO_KUBERNETES),
-    Flag("--endpoint-target-ports", why=_NO_KUBERNETES, many=True),
-    Flag("--ha-enable-leader-election", _SWITCH, "every replica serves, with a state of its own", fine=("false",)),
+    Flag(
+        "--ha-enable-leader-election",
+        _SWITCH,
+        "every replica serves; with --peer or --peer-redis they share what they know",
+        fine=("false",),
+    ),
     Flag("--disable-endpoint-subset-filter", _SWITCH, "a subset hint always counts", fine=("false",)),
     Flag("--emit-endpoint-scores", _SWITCH, "scores are in /debug/decisions, not in metadata", fine=("false",)),
     Flag("--metrics-staleness-threshold", why="old values are shown with their age, not dropped"),
@@ -129,17 +133,35 @@ def _boolean(name: str, text: str) -> str:
     raise ConfigError(f"{name}: {text!r} is neither true nor false")
 
 
-def configured(given: Mapping[str, str]) -> dict[str, Any]:
-    """What they become: dotted key of the configuration -> value; raises ConfigError for a value that is none."""
+def configured(given: Mapping[str, str], pools: Sequence[str] = ()) -> dict[str, Any]:
+    """What they become: dotted key of the configuration -> value; raises ConfigError for a value that is none.
+
+    pools: further ones; in metrics the first of all stands for the pool.
+    """
     changes: dict[str, Any] = {}
     for flag in FLAGS:
         if flag.key and flag.name in given:
             value = given[flag.name]
-            if flag.name == "--tls-min-version":
-                changes[flag.key] = _tls_version(flag.name, value)
-            else:
-                changes[flag.key] = seconds(value, flag.name) if flag.key.endswith("_s") else value
+            changes[flag.key] = _value(flag, value)
+    if named := list(dict.fromkeys(filter(None, (changes.get("epp.pool_name"), *pools)))):
+        changes |= {"epp.pool_name": named[0], "kubernetes.pools": named}
+    if "epp.pool_namespace" in changes:
+        changes["kubernetes.namespace"] = changes["epp.pool_namespace"]
     return changes
+
+
+def _value(flag: Flag, text: str) -> Any:
+    if flag.name == "--tls-min-version":
+        return _tls_version(flag.name, text)
+    if flag.name == "--endpoint-target-ports":
+        return [_port(flag.name, each.strip()) for each in text.split(",")]
+    return seconds(text, flag.name) if flag.key.endswith("_s") else text
+
+
+def _port(name: str, text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6):
+        raise ConfigError(f"{name}: {text!r} is not a port")
+    return int(text)
 
 
 def _tls_version(name: str, text: str) -> str:

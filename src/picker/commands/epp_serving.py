@@ -32,16 +32,17 @@ async def serve(config: Config) -> None:
         async with asyncio.TaskGroup() as group:
             leave = group.create_task(_leave_on(leaving, stop, epp, config.epp.drain_delay_s))
             following = group.create_task(follow(certificates))
+            knowing = group.create_task(serve_once_known(app, epp, leaving))
             await epp.serve(
                 config.epp.host,
                 config.epp.grpc_port,
                 health_port=config.epp.grpc_health_port,
                 tls=None if certificates is None else certificates.context,
                 grace=config.drain_timeout_s,
-                ready=partial(announce, config),
+                ready=partial(begun, app, epp),
             )
-            leave.cancel()
-            following.cancel()
+            for task in (leave, following, knowing):
+                task.cancel()
 
     frontends: list[Serve] = [ext_proc]
     if config.admin.port is not None:
@@ -97,6 +98,19 @@ def _add_compat(app: App) -> None:
     )
     app.telemetry.watch(compat)
     app.telemetry.registry.register(compat)
+
+
+def begun(app: App, epp: ExtProc, port: int, health: int | None) -> None:
+    """It listens, but is not ready to serve before it knows the endpoints: a new replica must refuse nobody."""
+    if not app.informed:
+        epp.set_serving(False)
+    announce(app.config, port, health)
+
+
+async def serve_once_known(app: App, epp: ExtProc, leaving: asyncio.Event) -> None:
+    if not app.informed:
+        await app.get_informed()
+        epp.set_serving(not leaving.is_set())
 
 
 def announce(config: Config, port: int, health: int | None) -> None:

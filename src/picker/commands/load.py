@@ -5,88 +5,58 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
-import numpy as np
 from rich.console import Console
 
+from picker.commands import load_outputs
+from picker.commands.load_compare import LoadCommand
+from picker.commands.load_plan import plan_and_pace, plan_options, words_of
 from picker.commands.options import run as run_loop
 from picker.errors import ConfigError
-from picker.load import report, trace
+from picker.load import report, wording
 from picker.load.client import Api, Client, Target
 from picker.load.live import live_line
-from picker.load.schedule import Pace, Run, drive
-from picker.load.workload import Arrivals, Plan, Process, Sessions, SharedPrefix
+from picker.load.processes import Job, drive_job, useful
+from picker.load.schedule import LATE, Run, without_warmup
+from picker.load.text import PLAIN, Wording
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-WORKLOADS: dict[str, type[SharedPrefix | Sessions]] = {"shared-prefix": SharedPrefix, "sessions": Sessions}
-_DEFAULT_RATE = 1.0
-_DEFAULT_DURATION = 60.0
-# A closed loop goes as fast as the server: conversations prepared for each second of it.
-_CLOSED_PER_SECOND = 500
+_OUTPUTS = ("save", "html", "report_file", "slo")
 
 
-def _words(kind: type[Any]) -> click.Choice[str]:
-    return click.Choice([member.value for member in kind])
-
-
-def _shape_options(command: F) -> F:
-    """What is asked and when; None means the default of the workload."""
-    options = (
-        click.option("--workload", type=click.Choice(list(WORKLOADS)), help="What to ask.  [default: shared-prefix]"),
-        click.option(
-            "--trace",
-            "trace_file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Replay recorded traffic instead of a workload.",
-        ),
-        click.option("--trace-format", type=_words(trace.TraceFormat), help="[default: by the file's name]"),
-        click.option("--rate", type=float, help="Arrivals a second (of sessions: new sessions).  [default: 1]"),
-        click.option("--duration", type=float, metavar="S", help="Seconds of load.  [default: 60; of a trace: all]"),
-        click.option("--requests", type=click.IntRange(1), metavar="N", help="Arrivals instead of a duration."),
-        click.option("--arrivals", type=_words(Process), default="poisson", show_default=True, help="Their spacing."),
-        click.option("--burstiness", type=float, default=1.0, help="Of gamma arrivals; below 1 they come in bursts."),
-        click.option(
-            "--concurrency",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Without --rate and --trace: a closed loop of N users. With them: requests in flight at most, "
-            "waiting counts as latency.",
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same requests and times."),
-        click.option("--max-tokens", type=click.IntRange(1), help="Tokens of an answer (of a trace: at most)."),
-        click.option("--groups", type=click.IntRange(1), help="shared-prefix: different system prompts."),
-        click.option("--prompts", type=click.IntRange(1), help="shared-prefix: different questions of a group."),
-        click.option("--system-tokens", type=click.IntRange(0), help="Tokens of a system prompt."),
-        click.option("--question-tokens", type=click.IntRange(1), help="Tokens of a question."),
-        click.option("--context-tokens", type=click.IntRange(0), help="sessions: mean tokens of a session's own."),
-        click.option("--turns", type=click.FloatRange(1), help="sessions: mean number of turns."),
-        click.option("--think", type=click.FloatRange(0), metavar="S", help="sessions: median pause before a turn."),
-        click.option("--limit", type=click.IntRange(1), metavar="N", help="trace: only its first N requests."),
-        click.option("--rate-scale", type=float, metavar="X", help="trace: X times the recorded rate."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@click.command()
+@click.command(cls=LoadCommand)
 @click.argument("url")
-@_shape_options
+@plan_options
 @click.option("--model", help="Model to ask for.  [default: the first that the server names]")
-@click.option("--api", type=_words(Api), default="chat", show_default=True, help="Endpoint of the OpenAI API.")
+@click.option("--api", type=words_of(Api), default="chat", show_default=True, help="Endpoint of the OpenAI API.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Bearer token; better in OPENAI_API_KEY.")
+@click.option("--stream/--no-stream", default=True, help="Ask for streamed answers; without, TTFT is not seen.")
 @click.option("--ignore-eos/--no-ignore-eos", default=True, help="Ask for full-length answers (vLLM, SGLang).")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The model's tokenizer, for prompts of exactly the planned tokens.",
+)
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    help="Without --tokenizer: ask first how many tokens the server makes of our text.",
+)
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for a whole answer.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="That send, each on a core.  [default: as many as the plan needs, at most one a core]",
+)
 @click.option(
     "--time-scale",
     type=float,
@@ -95,7 +65,8 @@ def _shape_options(command: F) -> F:
     "in their seconds.",
 )
 @click.option("--records", type=click.Path(path_type=Path), metavar="FILE", help="Write every request as a JSON line.")
-@click.option("--strict", is_flag=True, help="Exit 1 also when we could not send on time (P99 over 10 ms late).")
+@load_outputs.output_options
+@click.option("--strict", is_flag=True, help="Exit 1 also when we could not send on time.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context
 def command(
@@ -105,8 +76,12 @@ def command(
     model: str | None,
     api: str,
     api_key: str | None,
+    stream: bool,
     ignore_eos: bool,
+    tokenizer: Path | None,
+    calibrate: bool,
     timeout: float,
+    processes: int | None,
     time_scale: float,
     records: Path | None,
     strict: bool,
@@ -120,28 +95,54 @@ def command(
 
     \b
     picker load http://127.0.0.1:8000 --rate 4 --duration 60
+    picker load http://127.0.0.1:8000 --stages 2x60,4x60,8x60 --html report.html
     picker load http://127.0.0.1:8000 --workload sessions --rate 0.5
+    picker load http://127.0.0.1:8000 --scenario S3 --load 0.7
     picker load http://127.0.0.1:8000 --trace conversation_trace.jsonl --limit 500
     """
     if not time_scale > 0:
         raise ConfigError(f"--time-scale must be positive, not {time_scale:g}")
-    target = Target(url, model=model, api=Api(api), api_key=api_key, timeout=timeout, ignore_eos=ignore_eos)
+    wanted = load_outputs.outputs(**{name: shape.pop(name) for name in _OUTPUTS})
+    target = Target(
+        url, model=model, api=Api(api), api_key=api_key, timeout=timeout, ignore_eos=ignore_eos, stream=stream
+    )
+    words = PLAIN if tokenizer is None else wording.vocabulary(tokenizer)
     plan, pace = plan_and_pace(time_scale=time_scale, **shape)
-    done: list[Run] = []
-    run_loop(_measure(plan, pace, target, done.append))
-    (run,) = done
+    job = Job(plan, pace, target, words)
+    job, run = run_loop(_measure(job, processes, calibrate=calibrate and tokenizer is None))
+    written = _tell(without_warmup(run), job.target, shape, wanted, as_json=as_json)
     if records is not None:
-        _write(run, records)
-    _print(run, target, as_json=as_json)
-    ctx.exit(_status(run, strict=strict))
+        written &= load_outputs.attempt(f"--records {records}", lambda: _write(run, records))
+    ctx.exit(_status(run, strict=strict, written=written))
 
 
-async def _measure(plan: Plan, pace: Pace, target: Target, keep: Callable[[Run], None]) -> None:
+async def _measure(job: Job, processes: int | None, *, calibrate: bool) -> tuple[Job, Run]:
+    """The run, and the job as it was done."""
+    job = await _prepared(job, calibrate=calibrate)
     stop = asyncio.Event()
-    async with Client(target) as client:
-        await client.find_model()
-        with _ending_early(stop), live_line(plan.name) as on_progress:
-            keep(await drive(plan, client, pace, stop=stop, on_progress=on_progress))
+    count = useful(job.plan, job.pace) if processes is None else min(processes, len(job.plan.conversations))
+    with _ending_early(stop), live_line(job.plan.name, seconds=_seconds(job)) as on_progress:
+        return job, await drive_job(job, count, stop=stop, on_progress=on_progress)
+
+
+def _seconds(job: Job) -> float | None:
+    """How long the plan sends, by the clock; None where nothing says so."""
+    return (job.pace.until or job.plan.duration) / job.pace.time_scale or None
+
+
+def _sending_seconds(job: Job) -> float | None:
+    """Wall seconds until the last request is sent, where that is known."""
+    plan, pace = job.plan, job.pace
+    seconds = pace.until if pace.closed or any(len(each.turns) > 1 for each in plan.conversations) else plan.duration
+    return None if seconds is None else seconds / pace.time_scale
+
+
+async def _prepared(job: Job, *, calibrate: bool) -> Job:
+    """The job with the model's name and with words as long as its tokens."""
+    async with Client(job.target) as client:
+        model = await client.find_model()
+        words: Wording = await wording.calibrated(client) if calibrate else job.wording
+    return replace(job, target=replace(job.target, model=model), wording=words)
 
 
 @contextmanager
@@ -164,117 +165,80 @@ def _ending_early(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-# --- flags to a plan -----------------------------------------------------------------------------------------
-
-
-def plan_and_pace(*, time_scale: float, trace_file: Path | None, **shape: Any) -> tuple[Plan, Pace]:
-    """What the flags of `_shape_options` ask for. Raises ConfigError for a flag that says nothing about it."""
-    if trace_file is not None:
-        return _of_trace(trace_file, time_scale=time_scale, **shape)
-    return _of_workload(time_scale=time_scale, **shape)
-
-
-def _of_trace(
-    path: Path,
-    *,
-    time_scale: float,
-    trace_format: str | None,
-    seed: int,
-    limit: int | None,
-    requests: int | None,
-    rate_scale: float | None,
-    duration: float | None,
-    concurrency: int | None,
-    max_tokens: int | None,
-    **others: Any,
-) -> tuple[Plan, Pace]:
-    _refuse(others | {"arrivals": None, "burstiness": None}, "a trace (its rate is changed with --rate-scale)")
-    traced = trace.load(path, trace.TraceFormat(trace_format) if trace_format else None)
-    plan = trace.plan(
-        traced,
-        np.random.default_rng(seed),
-        name=path.name,
-        seed=seed,
-        limit=min((n for n in (limit, requests) if n is not None), default=None),
-        rate_scale=1.0 if rate_scale is None else rate_scale,
-        max_tokens=max_tokens,
-    )
-    return plan, Pace(time_scale=time_scale, cap=concurrency, until=duration)
-
-
-def _of_workload(
-    *,
-    time_scale: float,
-    workload: str | None,
-    rate: float | None,
-    duration: float | None,
-    requests: int | None,
-    arrivals: str,
-    burstiness: float,
-    concurrency: int | None,
-    seed: int,
-    **others: Any,
-) -> tuple[Plan, Pace]:
-    kind = WORKLOADS[workload or "shared-prefix"]
-    known = {field.name for field in dataclasses.fields(kind)}
-    _refuse({name: value for name, value in others.items() if name not in known}, workload or "shared-prefix")
-    shape = kind(**{name: value for name, value in others.items() if name in known and value is not None})
-    rng = np.random.default_rng(seed)
-    until = _DEFAULT_DURATION if duration is None and requests is None else duration
-    if concurrency is not None and rate is None:
-        count = requests or math.ceil((until or 1.0) * _CLOSED_PER_SECOND)
-        return shape.plan([0.0] * count, rng, seed=seed), Pace(time_scale=time_scale, closed=concurrency, until=until)
-    process = Arrivals(_DEFAULT_RATE if rate is None else rate, Process(arrivals), burstiness)
-    counts = (requests, process.count_within(until) if until is not None else None)
-    times = process.times(min(count for count in counts if count is not None), rng)
-    # The arrivals of a run are its expected number, so the last may come a little late; later turns end with the run.
-    until = max(until, float(times[-1]) + 1e-6) if until is not None else None
-    return shape.plan(times, rng, seed=seed), Pace(time_scale=time_scale, cap=concurrency, until=until)
-
-
-def _refuse(flags: dict[str, Any], what: str) -> None:
-    for name, value in flags.items():
-        if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} says nothing about {what}")
-
-
 # --- the end -------------------------------------------------------------------------------------------------
 
 
-def _print(run: Run, target: Target, *, as_json: bool) -> None:
-    figures = report.row(run)
+def _tell(run: Run, target: Target, shape: Mapping[str, Any], wanted: load_outputs.Outputs, *, as_json: bool) -> bool:
+    """Print the figures, then write files: what cannot be written takes nothing that was printed along."""
+    notes = [*_remarks(run), *report.errors(run)]
+    measured = load_outputs.measured_now(run, url=target.url, model=target.model, shape=shape, notes=notes)
+    measured = replace(measured, figures={**measured.figures, **_schedule(run)})
+    figures = load_outputs.figures(measured, wanted.slo)
+    told = load_outputs.attempt("the figures", lambda: _print(run, target, figures, as_json=as_json))
+    for line in notes:
+        click.echo(line, err=True)
+    return load_outputs.write(wanted, measured) and told
+
+
+def _print(run: Run, target: Target, figures: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(figures, allow_nan=False))
     else:
-        Console().print(report.table(figures, title=f"{run.plan.name} on {target.url}"))
-    for line in (*_remarks(run), *report.errors(run)):
-        click.echo(line, err=True)
+        Console().print(report.table(dict(figures), title=f"{run.plan.name} on {target.url}"))
+
+
+def _schedule(run: Run) -> dict[str, object]:
+    """Whether the load was what it was meant to be; rates are those of the pods."""
+    scale = run.pace.time_scale
+    wanted, sent = run.requested_rate, run.achieved_rate
+    return {
+        "on_schedule": run.on_schedule,
+        "requested_rate": None if wanted is None else round(wanted / scale, 6),
+        "achieved_rate": None if sent is None else round(sent / scale, 6),
+        "processes": run.processes,
+        "generator_cpu_s": round(run.cpu_s, 3),
+    }
 
 
 def _remarks(run: Run) -> Iterator[str]:
     """What a reader of the figures should know, a line each."""
+    if not run.on_schedule:
+        yield _late(run)
     if run.stopped:
         unsent = run.plan.requests - run.sent - run.lost_turns
         yield f"ended early: {run.cancelled} requests in flight were cancelled, {unsent} not sent; neither is counted"
+    if run.warmup:
+        yield f"{len(run.warmup)} requests of the warm-up are not counted"
+    if run.pace.closed and not run.stopped and _ran_dry(run):
+        yield "the server was faster than expected and all prepared requests are used up: give more with --requests"
     if run.lost_turns:
         yield f"{run.lost_turns} turns were not sent because a turn before them failed"
     if run.pace.time_scale != 1:
         yield f"times are seconds of pods that run {run.pace.time_scale:g} times faster than the clock"
-    if not _on_time(run):
-        yield "requests were sent late (P99 over 10 ms): this machine cannot keep the schedule, latencies include that"
     if run.records and report.hit_ratio(run.records) is None:
         yield "no hit ratio: the server reports no cached tokens (vLLM: --enable-prompt-tokens-details)"
 
 
-def _on_time(run: Run) -> bool:
-    delay = report.schedule_delay_p99(run)
-    return run.pace.cap is not None or delay is None or delay <= report.LATE
+def _ran_dry(run: Run) -> bool:
+    """Whether a closed loop that should have gone on for a time ran out of conversations."""
+    until = run.pace.until
+    asked_for = until is not None and (run.ended_at - run.started_at) * run.pace.time_scale < 0.98 * until
+    return asked_for and run.sent + run.lost_turns >= run.plan.requests
 
 
-def _status(run: Run, *, strict: bool) -> int:
+def _late(run: Run) -> str:
+    share = (run.achieved_rate or 0.0) / (run.requested_rate or 1.0)
+    return (
+        f"NOT ON SCHEDULE: requests went out up to {(run.schedule_delay_p99 or 0.0) * 1e3:,.0f} ms late (P99; "
+        f"{LATE * 1e3:.0f} ms is allowed) at {share:.1%} of the planned rate. This machine cannot generate that load "
+        f"with {run.processes} process{'es' if run.processes > 1 else ''}: the figures include its own delays"
+    )
+
+
+def _status(run: Run, *, strict: bool, written: bool) -> int:
     if run.stopped:
         return 130
-    bad = run.failed or not run.records or (strict and not _on_time(run))
+    bad = run.failed or not run.records or not written or (strict and not run.on_schedule)
     return 1 if bad else 0
 
 
@@ -282,7 +246,8 @@ def _write(run: Run, path: Path) -> None:
     """Times in wall seconds from the start of the run."""
     with path.open("wb") as lines:
         for record in run.records:
-            entry = dataclasses.asdict(record)
+            entry = {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
             for name in ("intended_at", "sent_at", "first_at", "ended_at"):
                 entry[name] = None if entry[name] is None else round(entry[name] - run.started_at, 6)
+            entry["gaps"] = [round(gap, 6) for gap in record.gaps]
             lines.write(msgspec.json.encode(entry) + b"\n")

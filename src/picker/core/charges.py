@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from picker.core.adapters import Adapters
@@ -60,6 +61,14 @@ class Charges:
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._open
+
+    def __iter__(self) -> Iterator[Charge]:
+        return iter(self._open.values())
+
+    @property
+    def own(self) -> int:
+        """How many are of requests that were routed here; other replicas' have negative ids."""
+        return sum(number > 0 for number in self._open)
 
     def get(self, request_id: int) -> Charge | None:
         return self._open.get(request_id)

@@ -61,6 +61,9 @@ COLUMNS: dict[str, bool | int | float] = {
     "ejected_until": -np.inf,
     "probe_at": -np.inf,  # when an ejected one may be tried all the same, if few others are left
     "rests": 0,  # consecutive
+    "on_probation": False,  # a rest is over, and one request is out to see whether the endpoint answers
+    "failing_since": -np.inf,  # when the latest row of faults began that was no continuation of another
+    "stirred_at": -np.inf,  # the latest sign that the engine works: output, or gauges that move
     "unreachable": False,  # the latest scrape failed
     "busy_since": -np.inf,  # when prefilling last became non-zero
     "awaited": 0,  # of the work, what was there when the present silence began
@@ -120,6 +123,9 @@ class Pool:
     ejected_until: FloatArray
     probe_at: FloatArray
     rests: Int64Array
+    on_probation: BoolArray
+    failing_since: FloatArray
+    stirred_at: FloatArray
     unreachable: BoolArray
     busy_since: FloatArray
     awaited: Int64Array

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,15 +18,19 @@ from picker.core import filters, flow
 from picker.core.calibration import Calibration
 from picker.core.charges import Charge, Charges
 from picker.core.cost_few import FEW
+from picker.core.drain_rate import DrainRate
 from picker.core.estimate import Ratio
-from picker.core.faults import Faults
+from picker.core.faults import Faults, blames
 from picker.core.flow import FlowQueue
 from picker.core.learned import SAME_STEP_S, FirstTokenSample, Learned
+from picker.core.patience import Patience
 from picker.core.pick import Picker, max_score
 from picker.core.pins import MARKS, Hold, hold
 from picker.core.pool import Pool
 from picker.core.profile import Cost, Profile
+from picker.core.retry_budget import RetryBudget
 from picker.core.saturation import Detector
+from picker.core.slow_start import SlowStart
 from picker.core.snapshot import EndpointState, endpoint_state
 from picker.core.usual import Usual
 from picker.core.view import Handful, Numbers, PoolView, place
@@ -35,6 +39,7 @@ from picker.prefix.exact import Exact, Known
 from picker.types import (
     BlocksRemoved,
     BlocksStored,
+    Booked,
     BoolArray,
     CacheCleared,
     Decision,
@@ -54,6 +59,7 @@ from picker.types import (
     Int64Array,
     LoadObserved,
     ModelsObserved,
+    PrefixHeld,
     Queued,
     Ranking,
     Reading,
@@ -72,9 +78,13 @@ class Settings:
 
     block_bytes: bytes per block of `Request.block_hashes`. index_budget: bytes the prefix index may take.
     fallbacks: endpoints named behind the first. max_inflight: requests per endpoint before others must wait (None: no
-    limit, the engines queue). queue_size: requests that may wait here then.
+    limit, the engines queue). queue_size: requests that may wait here then. hold_s: how long one waits when there is no
+    endpoint at all, for one to come.
     eject_after: consecutive faults after which an endpoint rests for eject_s, twice as long each further time, at most
     eject_max_s. sessions: how many session ids are remembered.
+    retry_ratio: requests sent a second time per request, beside retry_floor of them in ten seconds; None: no limit.
+    hang_floor_s: an endpoint that is silent for so long, and a request that has waited hang_factor times as long as
+    predicted beyond that, are given up; 0: never. slow_start_s: a newcomer's share of the work grows for so long.
     """
 
     block_bytes: int = 256
@@ -82,9 +92,15 @@ class Settings:
     fallbacks: int = 2
     max_inflight: int | None = None
     queue_size: int = 1000
+    hold_s: float = 0.0
     eject_after: int = 3
     eject_s: float = 1.0
     eject_max_s: float = 30.0
+    retry_ratio: float | None = None
+    retry_floor: float = 10.0
+    hang_factor: float = 4.0
+    hang_floor_s: float = 0.0
+    slow_start_s: float = 0.0
     sessions: int = 100_000
     seed: int = 0
 
@@ -140,13 +156,19 @@ class Scheduler:
             eject_s=settings.eject_s,
             eject_max_s=settings.eject_max_s,
         )
+        self.retries = RetryBudget(settings.retry_ratio, settings.retry_floor)
+        self._slow_start = SlowStart(self.pool, settings.slow_start_s)
+        self._drain_rate = DrainRate()
         self._profile: Profile = profile or Cost()
         self._picker = picker
         self._rng = np.random.default_rng(settings.seed)
         self.learned = Learned(self.pool.rows)
+        self._patience = Patience(
+            self.pool, self.charges, self.learned, floor=settings.hang_floor_s, factor=settings.hang_factor
+        )
         self._bytes_per_token = Ratio(_BYTES_PER_TOKEN, prior_weight=2000.0, keep=0.99)
         self._sessions: OrderedDict[str, str] = OrderedDict()
-        self._decisions = 0
+        self._decisions = self._picks = 0  # our own; and with those of other replicas
         self._polled_at = -np.inf
         index.grow_rows(self.pool.rows)
 
@@ -167,23 +189,28 @@ class Scheduler:
         it has become a decision, or when its client leaves before.
         """
         self.charges.expire_silent(now)
+        if request.exclude and not self.retries.take(self._decisions, now):
+            message = "The endpoint failed before it answered, and so many others have that this is not tried again."
+            return Rejection(request.id, RejectReason.SATURATED, 503, message, _RETRY_AFTER_S)
         found = self._usual.find(self.pool, request)
         candidates = filters.candidates(self.pool, request, now) if found is None else found[0]
         if isinstance(candidates, Rejection):
-            return candidates
+            return self._held(request, candidates, now)
         if found is None:
             self._usual.note(self.pool, request, candidates, now)
         if request.priority < 0 and self._saturated(request, candidates, now):
             message = "The endpoints are saturated, and this request may be dropped."
-            return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
+            return self._saturated_by(request, message, now)
+        if self._slow_start:
+            candidates, found = self._slow_start.admit(candidates, now), None
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         open_to = candidates if free is None else candidates & free
         rows = open_to.nonzero()[0] if found is None or free is not None else found[1]
         if rows.size and not (len(self.queue) and self._must_wait_behind(request, open_to, now)):
             return self._decide(request, rows, now, reading)
         if self.queue.full:
-            message = "The endpoints are saturated and the queue is full."
-            return Rejection(request.id, RejectReason.SATURATED, 429, message, _RETRY_AFTER_S)
+            return self._saturated_by(request, "The endpoints are saturated and the queue is full.", now)
+        self._drain_rate.waiting(now)
         self.queue.add(flow.with_own_deadline(request))
         return Queued(request.id)
 
@@ -210,6 +237,11 @@ class Scheduler:
                 self._told(fact)
             case ModelsObserved() | HealthObserved() | EndpointDraining() | CacheCleared():
                 self._about_endpoint(fact, now)
+            case Booked():
+                self._booked_elsewhere(fact, now)
+            case PrefixHeld(name, block_hashes):
+                if (row := self.pool.row(name)) is not None:
+                    self.index.store(row, block_hashes)
 
     def poll(self, now: float) -> list[Decision | Rejection]:
         """What the queue lets go: decisions for whom there is room, rejections for whom it is too late."""
@@ -224,7 +256,11 @@ class Scheduler:
             if outcome is None:
                 barred.add(_wish(request))
                 continue
-            (self.queue.serve if isinstance(outcome, Decision) else self.queue.remove)(request.id)
+            if isinstance(outcome, Decision):
+                self.queue.serve(request.id)
+                self._drain_rate.served(now, empty=not len(self.queue))
+            else:
+                self.queue.remove(request.id)
             outcomes.append(outcome)
         return outcomes
 
@@ -249,6 +285,10 @@ class Scheduler:
     def is_adapter(self, model: str) -> bool:
         """Whether an engine has said that this is a LoRA adapter."""
         return self.charges.adapters.of(model) is not None
+
+    def patience(self, request_id: int, now: float) -> float:
+        """How many more seconds a request may wait for its first byte before its endpoint must be taken to hang."""
+        return self._patience.left(request_id, now)
 
     def fallback(self, request: Request) -> Decision | Rejection:
         """A random endpoint that may take the request, uncharged: for when deciding itself has failed."""
@@ -285,6 +325,11 @@ class Scheduler:
             self._saturation.saturation(PoolView(self.pool, candidates.nonzero()[0], now, model=request.model)) >= 1.0
         )
 
+    def _saturated_by(self, request: Request, message: str, now: float) -> Rejection:
+        """Come back when those who wait have gone, at the pace of late."""
+        seconds = self._drain_rate.seconds_for(len(self.queue), now)
+        return Rejection(request.id, RejectReason.SATURATED, 429, message, seconds)
+
     # --- waiting ---
 
     def _must_wait_behind(self, request: Request, open_to: BoolArray, now: float) -> bool:
@@ -300,13 +345,31 @@ class Scheduler:
                     return True
         return False
 
+    def _held(self, request: Request, nobody: Rejection, now: float) -> Rejection | Queued:
+        """A request that nobody can take waits for somebody to come, if that is wanted: a pool may grow from none."""
+        if not self._may_come(nobody) or request.exclude or self.queue.full:
+            return nobody
+        until = now + self.settings.hold_s
+        if request.deadline is None or until < request.deadline:
+            request = replace(request, deadline=until)
+        self.queue.add(flow.with_own_deadline(request))
+        return Queued(request.id)
+
+    def _may_come(self, nobody: Rejection) -> bool:
+        return self.settings.hold_s > 0 and nobody.reason is RejectReason.NO_ENDPOINTS
+
     def _retry(self, request: Request, now: float) -> Decision | Rejection | None:
+        candidates = filters.candidates(self.pool, request, now)
+        if isinstance(candidates, Rejection) and self._may_come(candidates):
+            return candidates if _expired(request, now) else None
         if _expired(request, now):
             message = f"No endpoint had room within {now - request.arrived_at:.1f} s."
-            return Rejection(request.id, RejectReason.EXPIRED, 429, message, _RETRY_AFTER_S)
-        candidates = filters.candidates(self.pool, request, now)
+            seconds = self._drain_rate.seconds_for(len(self.queue), now)
+            return Rejection(request.id, RejectReason.EXPIRED, 429, message, seconds)
         if isinstance(candidates, Rejection):
             return candidates
+        if self._slow_start:
+            candidates = self._slow_start.admit(candidates, now)
         free = filters.below_limit(self.pool, self.settings.max_inflight)
         rows = np.flatnonzero(candidates if free is None else candidates & free)
         return self._decide(request, rows, now) if rows.size else None
@@ -447,10 +510,41 @@ class Scheduler:
             others=others,
             sure=not others,
         )
-        self.charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
-        self.learned.booked(work / speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
         self._decisions += 1
-        pool.last_pick[row] = self._decisions
+        self._open(charge, work, speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
+
+    def _booked_elsewhere(self, fact: Booked, now: float) -> None:
+        """What `_book` does, of another replica's decision."""
+        row, pool, request = self.pool.row(fact.name), self.pool, fact.request
+        if row is None or request.id in self.charges:
+            return
+        per_byte = self._tokens(request)[1]
+        work = self.learned.work(fact.uncached, fact.tokens)
+        charge = Charge(
+            request=request,
+            row=row,
+            generation=pool.generation.item(row),
+            tokens=round(fact.uncached),
+            context=round(fact.tokens),
+            predicted=fact.matched,
+            work=round(work * 1e9),
+            booked_at=now,
+            was_idle=not pool.inflight.item(row),
+            held=hold(request.block_hashes, self.settings.block_bytes * per_byte, fact.tokens),
+            adapter=self.charges.adapters.of(request.model),
+            others=fact.others,
+            sure=not fact.others,
+        )
+        speed = self.learned.prefill_speed.value.item(row)
+        self._open(charge, work, speed, tied=fact.uncached < 0.5 * fact.tokens, now=now)
+
+    def _open(self, charge: Charge, work: float, speed: float, *, tied: bool, now: float) -> None:
+        """All that follows from a decision. work: seconds of prefill where the speed is 1."""
+        row, request = charge.row, charge.request
+        self.charges.book(charge, expected_s=(self.pool.work.item(row) * 1e-9 + work) / speed)
+        self.learned.booked(work / speed, tied=tied, now=now)
+        self._picks += 1
+        self.pool.last_pick[row] = self._picks
         self.faults.tried(row, now)
         # Learned at booking: the next request of the same group, a moment later, must already find it.
         self.index.store(row, request.block_hashes)
@@ -565,6 +659,8 @@ class Scheduler:
             return
         progress_at = float(self.pool.progress_at[charge.row])
         since = max(charge.booked_at, progress_at)
+        if self.charges.stands(charge):
+            self.faults.stirred(charge.row, now)
         if self.charges.first_token(request_id, now) is None or not charge.request.streaming:
             return
         sample = FirstTokenSample(charge.row, now - since, charge.tokens, charge.context, was_idle=charge.was_idle)
@@ -577,10 +673,11 @@ class Scheduler:
             return
         if status >= 400:
             self._take_back(charge, thorough=False)
-        if status >= 500:
+        if blames(status):
             self._fault(charge, now)
+            self._grant(charge, now)
         elif status < 400:
-            self.faults.answered(charge.row, now, sure=charge.sure)
+            self._answered(charge, now)
         if usage is not None and usage.prompt_tokens > 0:
             self._learn_usage(charge, usage)
             self._learn_decoding(charge, usage, now)
@@ -590,10 +687,28 @@ class Scheduler:
         charge = self.charges.close(request_id, now)
         if charge is None or not reason.blames_endpoint:
             return
-        if charge.prefilling:
+        if reason is FailureReason.TIMEOUT and self._patience.silent(charge, now):
+            self.faults.hangs(charge.row, now)
+            self._take_back(charge, thorough=False)
+        elif charge.prefilling:
             self._disown(charge, now)
         else:
             self._fault(charge, now)
+        self._grant(charge, now)
+
+    def _grant(self, charge: Charge, now: float) -> None:
+        """What was under way when an endpoint failed may move to another, whatever the budget says."""
+        if not self.charges.stands(charge) or self.faults.surprised(charge.row, charge.booked_at):
+            self.retries.grant(now)
+
+    def _answered(self, charge: Charge, now: float) -> None:
+        row = charge.row
+        recovered = self.pool.rests.item(row) > 0
+        self.faults.answered(row, now, sure=charge.sure)
+        if charge.sure:
+            self.pool.stirred_at[row] = now
+            if recovered and not self.pool.rests.item(row):
+                self._slow_start.begin(row, now)
 
     def _fault(self, charge: Charge, now: float) -> None:
         if self.charges.stands(charge):
@@ -664,6 +779,7 @@ class Scheduler:
             case HealthObserved(healthy=healthy):
                 if healthy and not self.pool.healthy[row]:
                     self.faults.reached(row, now)
+                    self._slow_start.begin(row, now)
                 self.pool.healthy[row] = healthy
             case EndpointDraining(draining=draining):
                 self.pool.draining[row] = draining
@@ -692,6 +808,7 @@ class Scheduler:
             self._removed(endpoint.name)
         rows = self.pool.rows
         row = self.pool.add(endpoint, now)
+        self._slow_start.begin(row, now)
         if self.pool.rows != rows:
             self.learned.grow(self.pool.rows)
             self.index.grow_rows(self.pool.rows)
@@ -728,6 +845,10 @@ class Scheduler:
         if restarted or pool.unreachable[row]:
             self.faults.reached(row, now)
             pool.unreachable[row] = False
+        if restarted:
+            self._slow_start.begin(row, now)
+        if self._moves(row, fact):
+            pool.stirred_at[row] = now
         pool.observed_at[row] = fact.observed_at
         for column, value in (
             (pool.waiting, fact.waiting),
@@ -751,6 +872,12 @@ class Scheduler:
         if fact.adapters is not None:
             pool.set_adapters(row, fact.adapters)
             self.charges.adapters.known |= fact.adapters
+
+    def _moves(self, row: int, fact: LoadObserved) -> bool:
+        """Whether the engine has done anything since the last look: its gauges are set at every step, and only then."""
+        pool = self.pool
+        pairs = ((fact.kv_usage, pool.kv_usage), (fact.queries, pool.queries), (fact.running, pool.running))
+        return any(value is not None and value != column.item(row) for value, column in pairs)
 
     def _restarted(self, row: int, fact: LoadObserved) -> bool:
         """A new process start, or a counter that went back: the cache the index remembers is gone."""

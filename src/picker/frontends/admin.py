@@ -1,7 +1,8 @@
 """The admin API: metrics, liveness, readiness, and why a request went where it went.
 
-A read-only view of the runtime, on a port of its own. Shows sizes, names and times; no prompt, no block hash and no
-session id gets here. What is not known is null: JSON has no NaN, and zero would be a claim.
+A view of the runtime on a port of its own, read-only unless it is given what can be changed. Shows sizes, names and
+times; no prompt, no block hash and no session id gets here. What is not known is null: JSON has no NaN, and zero would
+be a claim.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
-import hmac
 import html
 import math
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import fastapi
 import numpy as np
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
+from picker.frontends.admin_control import Control, install, require_key
+from picker.frontends.keys import Keyring, named_key
+from picker.frontends.limits import Door
 from picker.frontends.serving import serve
 from picker.runtime import Record, Runtime
 from picker.telemetry import CONTENT_TYPE
@@ -32,26 +36,43 @@ _LATEST = 50
 
 
 class Admin:
-    """Serves the admin API of one runtime. token: when set, /debug wants it as bearer token."""
+    """Serves the admin API of one runtime. token: when set, /debug wants it as bearer token; keys: any of these does.
 
-    def __init__(self, runtime: Runtime, *, token: str | None = None) -> None:
-        self.app = _app(runtime, token)
+    control: what can be changed by it (see `admin_control`), unless read_only. door: TLS, and what is asked of
+    connections.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        token: str | None = None,
+        keys: Keyring | None = None,
+        control: Control | None = None,
+        read_only: bool = False,
+        door: Door | None = None,
+    ) -> None:
+        ring = keys or Keyring([] if token is None else [named_key("admin", token)])
+        self.app = _app(runtime, ring, control, read_only=read_only)
+        self._door = door
 
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Serve on a bound socket (see `serving.listen`) until `stop` is set."""
-        await serve(self.app, listener, stop, grace=_GRACE)
+        await serve(self.app, listener, stop, grace=_GRACE, door=self._door)
 
 
 # Every route is `async`, although none waits: FastAPI runs plain functions in threads, and the scheduler's state may be
 # read on the loop's thread only.
 
 
-def _app(runtime: Runtime, token: str | None) -> FastAPI:
+def _app(runtime: Runtime, keys: Keyring, control: Control | None, *, read_only: bool) -> FastAPI:
     app = FastAPI(title="picker admin", docs_url=None, redoc_url=None, openapi_url=None)
     health, debug = _health(runtime), _debug(runtime)
     app.include_router(health)
-    app.include_router(debug, dependencies=[Depends(_Bearer(token))])
-    routes = [(route.path, route.description) for route in health.routes + debug.routes if isinstance(route, APIRoute)]
+    app.include_router(debug, dependencies=[Depends(_Keyed(keys))])
+    more = [] if control is None else install(app, control, keys, read_only=read_only)
+    listed = [route for router in (health, debug, *more) for route in router.routes if isinstance(route, APIRoute)]
+    routes = [(" ".join((*_methods(route), route.path)), route.description) for route in listed]
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> str:
@@ -107,18 +128,15 @@ def _debug(runtime: Runtime) -> APIRouter:
     return router
 
 
-class _Bearer:
-    """A dependency that lets a request pass when it carries the token, or when there is none."""
+class _Keyed:
+    """A dependency that lets a request pass when it carries a key, or when there is none."""
 
-    def __init__(self, token: str | None) -> None:
-        self._expected = None if token is None else token.encode()
+    def __init__(self, keys: Keyring) -> None:
+        self._keys = keys
 
-    async def __call__(self, authorization: Annotated[str, Header()] = "") -> None:
-        scheme, _, given = authorization.partition(" ")
-        if self._expected is None:
-            return
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._expected):
-            raise HTTPException(401, "this route wants the admin token", headers={"WWW-Authenticate": "Bearer"})
+    async def __call__(self, request: fastapi.Request) -> None:
+        if not self._keys.open:
+            require_key(self._keys, request)
 
 
 # --- views -------------------------------------------------------------------------------------------------
@@ -127,7 +145,7 @@ class _Bearer:
 def _readiness(runtime: Runtime) -> dict[str, Any]:
     states = runtime.scheduler.snapshot(runtime.clock())
     usable = sum(state.healthy and not state.draining for state in states)
-    if runtime.draining:
+    if runtime.draining or runtime.leaving:
         reason = "shutting down"
     elif not states:
         reason = "no endpoint is known"
@@ -137,7 +155,12 @@ def _readiness(runtime: Runtime) -> dict[str, Any]:
         reason = f"{usable} of {len(states)} endpoints can serve"
     shown = ("name", "healthy", "draining", "scrape_age_s", "metrics_missing", "kv_events", "kv_events_reason")
     endpoints = [{name: _plain(getattr(state, name)) for name in shown} for state in states]
-    return {"ready": bool(usable) and not runtime.draining, "reason": reason, "endpoints": endpoints}
+    reports = {name: _plain(report()) for name, report in runtime.reports.items()}
+    return {
+        "ready": bool(usable) and not (runtime.draining or runtime.leaving),
+        "reason": reason,
+        "endpoints": endpoints,
+    } | reports
 
 
 def _summary(record: Record, now: float) -> dict[str, Any]:
@@ -248,5 +271,10 @@ def _index(routes: Sequence[tuple[str, str]]) -> str:
     return f"<!doctype html><title>picker</title><h1>picker</h1><table cellpadding=4>{rows}</table>\n"
 
 
+def _methods(route: APIRoute) -> list[str]:
+    """Those that are not GET."""
+    return sorted(set(route.methods or ()) - {"GET", "HEAD"})
+
+
 def _link(path: str) -> str:
-    return path if "{" in path else f'<a href="{path}">{path}</a>'
+    return path if "{" in path or " " in path else f'<a href="{path}">{path}</a>'

@@ -14,6 +14,7 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from picker.errors import ConfigError
@@ -26,8 +27,21 @@ _LIFE = datetime.timedelta(days=3650)
 _SKEW = datetime.timedelta(hours=1)  # of the clocks of those who look
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The files (PEM) of a certificate, with those that it descends from, and of its key."""
+
+    certificate: Path
+    key: Path
+
+    def __str__(self) -> str:
+        if self.certificate.parent == self.key.parent:
+            return f"{self.certificate.name} and {self.key.name} in {self.key.parent}"
+        return f"{self.certificate} and {self.key}"
+
+
 class Certificates:
-    """A server's TLS identity, for the life of the server. context: offers HTTP/2 alone, from TLS `oldest` on.
+    """A server's TLS identity, for the life of the server. context: offers one protocol, from TLS `oldest` on.
 
     client_ca: a file of certificates (PEM); when given, only clients that show a certificate of theirs are served.
     """
@@ -36,35 +50,40 @@ class Certificates:
         self,
         folder: Path | None,
         *,
+        pair: Pair | None = None,
         client_ca: Path | None = None,
         oldest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
+        protocol: str = "h2",
     ) -> None:
-        """folder: with tls.crt and tls.key; None: self-signed. Raises ConfigError for files that do not do."""
-        self._folder = folder
-        self.context = _context()
+        """folder: with tls.crt and tls.key; or pair: those two; neither: self-signed. protocol: that is spoken.
+
+        Raises ConfigError for files that do not do.
+        """
+        self._pair = pair or (None if folder is None else Pair(folder / CERTIFICATE, folder / KEY))
+        self.context = _context(protocol)
         self.context.minimum_version = oldest
-        if folder is None:
+        if self._pair is None:
             _load_self_signed(self.context)
         else:
-            _load(self.context, folder)
+            _load(self.context, self._pair)
         if client_ca is not None:
             _trust_only(self.context, client_ca)
         self._seen = self._state()
 
     async def follow(self, *, interval: float = 1.0) -> None:
         """Look for new files for ever; connections made after a change are shown the new certificate."""
-        while self._folder is not None:
+        while self._pair is not None:
             await asyncio.sleep(interval)
             self.refresh()
 
     def refresh(self) -> bool:
         """Load the files when they have changed; whether they had. A pair that does not fit is left for next time."""
         state = self._state()
-        if self._folder is None or state == self._seen:
+        if self._pair is None or state == self._seen:
             return False
         try:
-            _load(_context(), self._folder)  # a half-written pair must not spoil the one in use
-            _load(self.context, self._folder)
+            _load(_context("h2"), self._pair)  # a half-written pair must not spoil the one in use
+            _load(self.context, self._pair)
         except ConfigError as error:
             log.warning("the certificate has changed and cannot be used, the old one stays: %s", error)
             self._seen = state
@@ -75,9 +94,7 @@ class Certificates:
 
     def _state(self) -> list[tuple[int, int, int]]:
         """What changes with the files; a secret is swapped by a symbolic link, which stat follows."""
-        if self._folder is None:
-            return []
-        return [_identity(self._folder / name) for name in (CERTIFICATE, KEY)]
+        return [] if self._pair is None else [_identity(path) for path in (self._pair.certificate, self._pair.key)]
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
@@ -88,19 +105,19 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _context() -> ssl.SSLContext:
+def _context(protocol: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols([protocol])
     return context
 
 
-def _load(context: ssl.SSLContext, folder: Path) -> None:
+def _load(context: ssl.SSLContext, pair: Pair) -> None:
     try:
-        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=_no_password)
+        context.load_cert_chain(pair.certificate, pair.key, password=_no_password)
     except (OSError, ValueError) as error:  # SSLError is an OSError
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot use {CERTIFICATE} and {KEY} in {folder}: {reason}") from None
+        raise ConfigError(f"cannot use {pair}: {reason}") from None
 
 
 def _no_password() -> str:
@@ -121,7 +138,7 @@ def _load_self_signed(context: ssl.SSLContext) -> None:
         folder = Path(name)
         (folder / CERTIFICATE).write_bytes(certificate)
         (folder / KEY).write_bytes(key)
-        _load(context, folder)
+        _load(context, Pair(folder / CERTIFICATE, folder / KEY))
 
 
 def self_signed(names: Sequence[str]) -> tuple[bytes, bytes]:

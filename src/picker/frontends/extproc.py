@@ -13,8 +13,10 @@ import enum
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -133,13 +135,30 @@ def _is_response(message: bytes | None) -> bool:
 Begin = Callable[[GrpcServer, GrpcServer], Awaitable[None]]
 
 
+class Porter(Protocol):
+    """Sees who comes and goes. Every request that came leaves: here, or where `Feedback` is told of its end."""
+
+    def came(self, request_id: int, head: RequestHead) -> Respond | None:
+        """The answer to a request that is not let in; None: it is."""
+        ...
+
+    def answered(self, request_id: int, status: int) -> None:
+        """picker answers a request by itself."""
+        ...
+
+    def left(self, request_id: int) -> None:
+        """A request is over without having left for an endpoint, or after its response was followed here."""
+        ...
+
+
 class ExtProc:
     """Serves Envoy until `shutdown`; one object, one port, one `serve`.
 
     mode: see `Mode`. For lean mode, predict: seconds that a request takes; or feedback, where it is kept elsewhere.
     fallbacks: name further endpoints for
     Envoy's retries (needs the override_host policy there), else only the best. max_message_bytes: of one gRPC message;
-    bodies come in many.
+    bodies come in many. addresses: "ip:port", live, of endpoints known by name.
+    whole: the data plane keeps bodies, see `Codec`.
     """
 
     def __init__(
@@ -152,8 +171,14 @@ class ExtProc:
         fallbacks: bool = True,
         bounds: Bounds | None = None,
         max_message_bytes: int = 64 * 1024 * 1024,
+        addresses: Mapping[str, str] = MappingProxyType({}),
+        porter: Porter | None = None,
+        whole: bool = False,
     ) -> None:
         self._runtime = runtime
+        self._addresses = addresses
+        self._porter = porter
+        self._whole = whole
         self._fallbacks = fallbacks
         self._bounds = bounds or Bounds()
         self._max_message_bytes = max_message_bytes
@@ -277,11 +302,13 @@ class ExtProc:
             self._streams.discard(stream)
             if not stream.handed_on:
                 self._runtime.close(stream.exchange, self._reason(stream))
+                if self._porter is not None:
+                    self._porter.left(stream.exchange.id)
 
     def _opened(self, call: Call) -> _Stream:
         exchange = self._runtime.open()
         mark = None if self.feedback is None else self.feedback.mark(exchange.id)
-        codec = Codec(fallbacks=self._fallbacks, mark=mark)
+        codec = Codec(fallbacks=self._fallbacks, mark=mark, addresses=self._addresses, whole=self._whole)
         return _Stream(call, exchange, codec, self._runtime.clock() + self._bounds.request)
 
     async def _converse(self, stream: _Stream) -> None:
@@ -293,16 +320,25 @@ class ExtProc:
             if isinstance(event, ResponseHead) and exchange.phase in _BEFORE_UPSTREAM:
                 return await self._pass_on(stream, event)
             actions = await self._receive(stream, event)
+            if self._whole and not actions and isinstance(event, RequestHead):
+                await self._go_on(stream)
             if exchange.phase not in _BEFORE_UPSTREAM:
                 stream.until = self._runtime.clock() + self._bounds.silence
             for action in actions:
                 await stream.send(action)
                 if isinstance(action, Forward) and self.feedback is not None:
                     return self._hand_on(stream, action, self.feedback)
+                if isinstance(action, Respond) and self._porter is not None:
+                    self._porter.answered(exchange.id, action.status)
         if exchange.phase in _BEFORE_UPSTREAM:
             # A clean end without a verdict lets a data plane that still wants one go on unscheduled.
             stream.call.end(Code.CANCELLED, "the stream was half-closed before a verdict")
         return None
+
+    async def _go_on(self, stream: _Stream) -> None:
+        """Have the data plane send the body of a request whose head it has sent."""
+        if (reply := stream.codec.proceed()) is not None:
+            await stream.call.write(reply.SerializeToString())
 
     def _hand_on(self, stream: _Stream, forward: Forward, feedback: AccessLog) -> None:
         """The request has left and nothing of its response is wanted: the stream ends here, cleanly.
@@ -325,8 +361,12 @@ class ExtProc:
 
     async def _receive(self, stream: _Stream, event: Event) -> list[Action]:
         """Feed the exchange; while its request is queued, listen for a data plane that does not want it any more."""
-        if isinstance(event, RequestHead) and self.feedback is not None:
-            stream.alias = event.headers.get("x-request-id", "")
+        if isinstance(event, RequestHead):
+            if self.feedback is not None:
+                stream.alias = event.headers.get("x-request-id", "")
+            if self._porter is not None and (answer := self._porter.came(stream.exchange.id, event)) is not None:
+                self._runtime.close(stream.exchange)
+                return [answer]
         if not (isinstance(event, RequestHead | RequestBody) and event.end):
             return await self._runtime.receive(stream.exchange, event)
         stream.until = self._runtime.clock() + self._bounds.decision

@@ -100,8 +100,8 @@ class Call:
         if not self._connection.send(self.id, message):
             self._writable = self._connection.loop.create_future()
             await self._writable
-        if self._connection.paused is not None:
-            await self._connection.paused
+        if (paused := self._connection.paused) is not None:
+            await asyncio.shield(paused)  # all calls wait for it: one that is given up must not cancel it
 
     def end(self, code: Code = Code.OK, message: str = "") -> None:
         """End the call with a status; what follows is dropped."""
@@ -305,7 +305,8 @@ class GrpcServer:
         """Begin to serve a listening socket, which is closed by `stop`. tls must offer "h2" by ALPN."""
         loop = asyncio.get_running_loop()
         handshake = None if tls is None else _HANDSHAKE
-        self._listener = await loop.create_server(
+        create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+        self._listener = await create(
             lambda: _Protocol(self), sock=listener, ssl=tls, backlog=1024, ssl_handshake_timeout=handshake
         )
         self.keep()

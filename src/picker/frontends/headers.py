@@ -38,7 +38,7 @@ _CONTROL = frozenset(
 _CONTROL_PREFIXES = (b"x-gateway-destination-endpoint", b"x-picker-")
 # Set anew for the upstream connection; `expect` has been answered by our own server.
 _OURS = frozenset((b"host", b"content-length", b"expect"))
-_FORWARDED = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
+_FORWARDED = frozenset((b"forwarded", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
 _NOT_AS_IT_IS = _HOP_BY_HOP | _CONTROL | _OURS | _FORWARDED
 _BODYLESS = frozenset((204, 304))
 
@@ -49,7 +49,7 @@ def upstream_headers(
     """The client's headers as an endpoint may see them, with `added` set, and who asked for what appended.
 
     client: address the request came from. `x-forwarded-for` grows by it; `x-forwarded-proto` and `-host` keep the
-    value of the outermost proxy.
+    value of the outermost proxy. `forwarded` (RFC 7239) grows where another proxy has begun it.
     """
     headers: list[tuple[bytes, bytes]] = []
     forwarded: list[tuple[bytes, bytes]] = []
@@ -79,7 +79,7 @@ def upstream_headers(
 def _forwarding(
     before: list[tuple[bytes, bytes]], *, client: str | None, scheme: str, host: bytes
 ) -> list[tuple[bytes, bytes]]:
-    """The three fields that say who asked for what, from what they said before."""
+    """The fields that say who asked for what, from what they said before."""
     hops = [value for name, value in before if name == b"x-forwarded-for"]
     if client is not None:
         hops.append(client.encode("latin-1"))
@@ -88,7 +88,15 @@ def _forwarding(
     fields.append((b"x-forwarded-proto", told.get(b"x-forwarded-proto") or scheme.encode()))
     if host := told.get(b"x-forwarded-host") or host:
         fields.append((b"x-forwarded-host", host))
+    if chain := [value for name, value in before if name == b"forwarded"]:
+        fields.append((b"forwarded", b", ".join((*chain, _element(client, scheme)))))
     return fields
+
+
+def _element(client: str | None, scheme: str) -> bytes:
+    """Ours in a `forwarded` field. An IPv6 address is quoted and in brackets (RFC 7239 section 6)."""
+    node = "unknown" if client is None else f'"[{client}]"' if ":" in client else client
+    return f"for={node};proto={scheme}".encode("latin-1")
 
 
 def client_headers(raw: RawHeaders, added: Iterable[tuple[str, str]], *, status: int) -> list[tuple[bytes, bytes]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 
 from picker.types import FailureReason
 
@@ -19,7 +20,7 @@ class Leash:
     The task must call `release` before it returns: a cancel that comes later would hit whatever it does next.
     """
 
-    __slots__ = ("_alarm_at", "_blame", "_deadline", "_loop", "_task", "_timer", "reason")
+    __slots__ = ("_alarm_at", "_blame", "_deadline", "_loop", "_set_at", "_task", "_timer", "_unless", "reason")
 
     def __init__(self, task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
         self.reason: FailureReason | None = None
@@ -29,18 +30,27 @@ class Leash:
         self._alarm_at = math.inf
         self._deadline = math.inf
         self._blame = FailureReason.TIMEOUT
+        self._unless: Callable[[], float] | None = None
+        self._set_at = loop.time()
 
-    def within(self, seconds: float, blame: FailureReason) -> None:
+    def within(self, seconds: float, blame: FailureReason, unless: Callable[[], float] | None = None) -> None:
         """What is waited for next must come within `seconds`, else the leash is pulled for `blame`.
 
-        Replaces the deadline before. math.inf: no deadline.
+        Replaces the deadline before. math.inf: no deadline. unless: asked when the time is over; the seconds that it
+        tells are waited on, and it is asked again; 0 or less pulls.
         """
         self._blame = blame
-        self._deadline = deadline = self._loop.time() + seconds
+        self._unless = unless
+        self._set_at = now = self._loop.time()
+        self._deadline = deadline = now + seconds
         # A later deadline keeps the alarm that is set: it looks again when it rings. So a stream of a thousand
         # chunks sets a handful of timers.
         if deadline < self._alarm_at:
             self._set_alarm(deadline)
+
+    def silence(self, blame: FailureReason) -> float:
+        """Seconds that somebody who could be blamed so has been waited for; 0 where somebody else is."""
+        return self._loop.time() - self._set_at if self._blame is blame else 0.0
 
     def pull(self, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
         """Cancel the task, once; the first reason stays."""
@@ -72,6 +82,10 @@ class Leash:
         self._timer = None
         self._alarm_at = math.inf
         if self._loop.time() >= self._deadline:
-            self.pull(self._blame)
+            more = 0.0 if self._unless is None else self._unless()
+            if more > 0.0:
+                self.within(more, self._blame, self._unless)
+            else:
+                self.pull(self._blame)
         elif self._deadline < math.inf:
             self._set_alarm(self._deadline)

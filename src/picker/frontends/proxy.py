@@ -9,14 +9,15 @@ Must be served by `serving.serve`, whose connections say when a client leaves.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
+from picker.access_log import RequestLog
 from picker.exchange import (
     Action,
     Cut,
@@ -31,15 +32,22 @@ from picker.exchange import (
     Respond,
     ResponseBody,
     ResponseHead,
+    Submit,
     UpstreamFailed,
 )
-from picker.frontends.headers import client_headers, upstream_headers
+from picker.frontends import collector
+from picker.frontends.headers import RawHeaders, client_headers, upstream_headers
+from picker.frontends.keys import Key, KeyRefusal, Keyring, named_key
 from picker.frontends.leash import Leash
-from picker.frontends.serving import EXTENSION, Client, serve
+from picker.frontends.limits import Door
+from picker.frontends.models import PATH as MODELS_PATH
+from picker.frontends.models import ModelsPage
+from picker.frontends.serving import EXTENSION, LAST_CALL_SECONDS, Client, serve
+from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
 from picker.runtime import Runtime
-from picker.types import FailureReason
+from picker.types import Endpoint, Fact, FailureReason, HealthObserved
 from picker.wire import openai
 
 log = logging.getLogger("picker.frontends.proxy")
@@ -60,9 +68,12 @@ class Proxy:
 
     connect_timeout, first_byte_timeout, idle_timeout: seconds an endpoint has to accept a connection, to send its
     response head, and between two chunks of a response; a client has `idle_timeout` to send and to take its next
-    bytes. first_byte_timeout bounds a whole non-streaming generation. api_key: when set, every request must carry it
-    as bearer token; it is passed on, so that endpoints may ask for the same key. grace: seconds that running requests
-    get when the proxy stops.
+    bytes, and `body_timeout` for all of a body. first_byte_timeout bounds a whole non-streaming generation. keys: of
+    which every request must carry one, as bearer token or in `x-api-key`; api_key: the only one, where that is all.
+    trust: certificates and keys towards endpoints. door: what is asked of connections, and TLS. grace: seconds that
+    running requests get when the proxy stops. journal: told of every request. stall_timeout: how long a response of an
+    endpoint that cannot be reached any more may say nothing. merge_models: answer `GET /v1/models` for all endpoints
+    together, instead of having one of them answer.
     """
 
     def __init__(
@@ -72,22 +83,47 @@ class Proxy:
         connect_timeout: float = 2.0,
         first_byte_timeout: float = 600.0,
         idle_timeout: float = 300.0,
+        body_timeout: float = 300.0,
         api_key: str | None = None,
+        keys: Keyring | None = None,
+        trust: Trust | None = None,
+        door: Door | None = None,
         grace: float = 30.0,
+        journal: RequestLog | None = None,
+        stall_timeout: float = 10.0,
+        merge_models: bool = False,
     ) -> None:
         self.runtime = runtime
+        self.journal = journal
         self.first_byte_timeout = first_byte_timeout
         self.idle_timeout = idle_timeout
+        self.body_timeout = body_timeout
+        self.grace = grace
+        self.keys = keys or Keyring([] if api_key is None else [named_key("default", api_key)])
+        self.trust = trust or Trust()
+        self.door = door
         self._connect_timeout = connect_timeout
-        self._bearer = None if api_key is None else f"bearer {api_key}".encode()
-        self._grace = grace
         self._upstream: Upstream | None = None
+        self._stall_timeout = stall_timeout
+        self._merge_models = merge_models
+        self.models: ModelsPage | None = None
+        self.passages: set[_Passage] = set()
+        self.closing = asyncio.Event()  # no further connections
+        self.leaving = False  # clients are to close their connections
+        self._suspects: set[str] = set()
 
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Serve on a bound socket (see `serving.listen`) until `stop` is set and running requests have ended."""
-        self._upstream = Upstream(connect_timeout=self._connect_timeout)
+        self._upstream = Upstream(connect_timeout=self._connect_timeout, trust=self.trust)
+        self.models = self._models_page(self._upstream) if self._merge_models else None
+        self.runtime.listen(self._observe)
+        self.closing = asyncio.Event()
         try:
-            await serve(self, listener, stop, grace=self._grace)
+            with collector.seldom():
+                async with asyncio.TaskGroup() as group:
+                    follow = group.create_task(_set_with(stop, self.closing))
+                    await serve(self, listener, self.closing, grace=self.grace, door=self.door)
+                    follow.cancel()
         finally:
             await self._upstream.close()
             self._upstream = None
@@ -96,12 +132,44 @@ class Proxy:
         assert self._upstream is not None, "the proxy has to be served by `serve`"
         await _Passage(self, self._upstream, scope, receive).run()
 
-    def admits(self, headers: Mapping[str, str]) -> bool:
-        """Whether the request carries the key; takes the same time whatever part of it is wrong."""
-        if self._bearer is None:
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        return hmac.compare_digest(f"{scheme.lower()} {key.strip()}".encode(), self._bearer)
+    def _models_page(self, upstream: Upstream) -> ModelsPage:
+        def dressed(endpoint: Endpoint, headers: tuple[tuple[bytes, bytes], ...]) -> RawHeaders:
+            return upstream_headers(*self.trust.dress(endpoint.name, headers, ()), client=None, scheme="http")
+
+        runtime = self.runtime
+        known = runtime.scheduler.pool.models
+        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dressed)
+
+    async def part(self, leaving: asyncio.Event, stop: asyncio.Event, delay: float) -> None:
+        """Between being told to leave and leaving: serve, and have clients close their connections meanwhile.
+
+        Then the port closes, and only when nobody can come any more is everything to stop.
+        """
+        await leaving.wait()
+        self.leaving = self.runtime.leaving = True
+        await asyncio.sleep(delay)
+        self.closing.set()
+        await asyncio.sleep(2.0 * LAST_CALL_SECONDS)
+        stop.set()
+
+    def _observe(self, fact: Fact) -> None:
+        if isinstance(fact, HealthObserved) and not fact.healthy and fact.name not in self._suspects:
+            self._suspects.add(fact.name)
+            asyncio.get_running_loop().call_later(self._stall_timeout, self._look_at, fact.name)
+
+    def _look_at(self, name: str) -> None:
+        """Give up the silent responses of an endpoint that nobody reaches any more.
+
+        An engine that is told to end closes its port at once, and leaves its open responses hanging for minutes.
+        """
+        self._suspects.discard(name)
+        waiting = [passage for passage in self.passages if passage.at == name]
+        if self._upstream is None or not waiting or self.runtime.answers(name):
+            return
+        for passage in waiting:
+            passage.give_up(self._stall_timeout)
+        self._suspects.add(name)
+        asyncio.get_running_loop().call_later(self._stall_timeout / 4.0, self._look_at, name)
 
 
 class _ClientLeftError(Exception):
@@ -112,10 +180,16 @@ class _Passage:
     """One request on its way through."""
 
     __slots__ = (
+        "at",
         "client",
         "exchange",
         "headers",
+        "hung",
+        "instead",
+        "key",
         "leash",
+        "overdue_at",
+        "passes",
         "proxy",
         "receive",
         "reply",
@@ -139,11 +213,19 @@ class _Passage:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.exchange: Exchange = proxy.runtime.open()
         self.reply: Reply | None = None
+        self.key: Key | None = None  # that the request came with
+        self.instead: Submit | Respond | None = None  # of a response that is of no use
+        self.at = ""  # the name of the endpoint that is asked
+        self.hung = False  # the endpoint that was given up in time gave no sign of life
+        self.overdue_at = math.inf  # the response must begin before
         self.started = False  # the response head has been sent
         self.unread = False  # the client may still be sending its body
 
     async def run(self) -> None:
         reason = FailureReason.CLIENT_GONE
+        if self.proxy.journal is not None:
+            self._note(self.proxy.journal)
+        self.proxy.passages.add(self)
         try:
             await self._supervise()
         except _ClientLeftError:
@@ -155,9 +237,24 @@ class _Passage:
             self.client.cut_off()
         finally:
             self.leash.release()
+            self.proxy.passages.discard(self)
+            if self.key is not None:
+                self.proxy.keys.leave(self.key)
             if self.reply is not None:
                 self.reply.close()
             self.runtime.close(self.exchange, reason)
+            if self.proxy.journal is not None:
+                self._note_end(self.proxy.journal)
+
+    def _note(self, journal: RequestLog) -> None:
+        scope, peer = self.scope, self.scope["client"]
+        alias = self.headers.get("x-request-id")
+        journal.begin(self.exchange.id, scope["method"], scope["path"], client=peer and peer[0], alias=alias)
+
+    def _note_end(self, journal: RequestLog) -> None:
+        if self.key is not None:
+            journal.keyed(self.exchange.id, self.key.name)
+        journal.ended(self.exchange.id)
 
     async def _supervise(self) -> None:
         try:
@@ -172,18 +269,27 @@ class _Passage:
             if self.started:
                 self.client.cut_off()
             else:
-                await self._respond(_error(500, "The gateway failed on this request."))
+                await self._respond(self._error(500, "The gateway failed on this request."))
 
     async def _converse(self) -> None:
         length = self.headers.get("content-length", "0")
         self.unread = length != "0" or "transfer-encoding" in self.headers
-        action = self._refusal() or await self._admit()
+        asks = self.scope["method"] == "GET"
+        action: Action = self._refusal() or (await self._own_answer() if asks else None) or await self._admit()
         while isinstance(action, Forward):
             outcome = await self._forward(action)
-            if isinstance(outcome, Reply):
-                self.reply = outcome
-                return await self._hand_on(outcome)
-            action = _only(await self.runtime.receive(self.exchange, UpstreamFailed(outcome)))
+            if not isinstance(outcome, Reply):
+                action = _only(await self.runtime.receive(self.exchange, UpstreamFailed(outcome, self.hung)))
+                continue
+            self.reply = outcome
+            del action  # and with it the request's body: a long response has no use for it
+            instead = await self._hand_on(outcome)
+            if instead is None:
+                return None
+            outcome.close()
+            self.leash.within(math.inf, FailureReason.CLIENT_GONE)
+            self.reply = self.instead = None
+            action = instead if isinstance(instead, Respond) else _only(await self.runtime.ask(self.exchange, instead))
         assert isinstance(action, Respond)
         return await self._respond(action)
 
@@ -191,12 +297,35 @@ class _Passage:
 
     def _refusal(self) -> Respond | None:
         """The answer to what never becomes an exchange."""
-        if not self.proxy.admits(self.headers):
-            return _error(401, "This gateway wants its API key as a bearer token.", (("www-authenticate", "Bearer"),))
+        keys = self.proxy.keys
+        if not keys.open and (refusal := self._show_key(keys)) is not None:
+            return refusal
         if "sec-websocket-key" in self.headers:
-            return _error(501, "This gateway does not carry WebSocket connections.")
+            return self._error(501, "This gateway does not carry WebSocket connections.")
         if not self.scope["raw_path"].startswith(b"/"):
-            return _error(400, "The request target must be a path; `*` means no endpoint in particular.")
+            return self._error(400, "The request target must be a path; `*` means no endpoint in particular.")
+        return None
+
+    async def _own_answer(self) -> Respond | None:
+        """The answer to what is asked of the pool as a whole."""
+        models, path = self.proxy.models, self.scope["path"]
+        if models is None or not path.startswith(MODELS_PATH):
+            return None
+        if path != MODELS_PATH and not path.startswith(f"{MODELS_PATH}/"):
+            return None
+        self.client.watch(self.leash.pull)
+        return await models.answer(path, self.scope["headers"])
+
+    def _show_key(self, keys: Keyring) -> Respond | None:
+        """Note whose request this is; or the answer to a request without a key that will do."""
+        key = keys.admit(self.scope["headers"])
+        if isinstance(key, KeyRefusal):
+            told = {401: (("www-authenticate", "Bearer"),), 429: (("retry-after", "1"),)}
+            return self._error(key.status, key.message, told.get(key.status, ()))
+        self.key = key
+        limits, most = self.exchange.limits, keys.body_limit(key)
+        if most is not None and most < limits.max_body_bytes:
+            self.exchange.limits = replace(limits, max_body_bytes=most)
         return None
 
     async def _admit(self) -> Action:
@@ -204,22 +333,31 @@ class _Passage:
         exchange, unread = self.exchange, self.unread
         if not unread:
             self.client.watch(self.leash.pull)
-        head = RequestHead(self.scope["method"], self.scope["path"], self.headers, end=not unread)
+        head = RequestHead(self.scope["method"], self.scope["path"], self.headers, end=not unread, again=True)
         actions = await self.runtime.receive(exchange, head)
+        began = self.runtime.clock()
         while not actions:
-            data, more = await self._read_request(self.proxy.idle_timeout)
+            try:
+                seconds = min(self.proxy.idle_timeout, began + self.proxy.body_timeout - self.runtime.clock())
+                data, more = await self._read_request(seconds, FailureReason.TIMEOUT)
+            except asyncio.CancelledError:
+                self._overdue()
+                self.runtime.close(exchange)
+                return self._error(408, "The request took too long to arrive.")
             if not more:
                 self.client.watch(self.leash.pull)
                 self.leash.within(math.inf, FailureReason.CLIENT_GONE)  # the scheduler's queue has deadlines of its own
             actions = await self.runtime.receive(exchange, RequestBody(data, end=not more))
         return _only(actions)
 
-    async def _read_request(self, seconds: float) -> tuple[bytes, bool]:
-        """The next bytes of the body, and whether more will come."""
+    async def _read_request(
+        self, seconds: float, blame: FailureReason = FailureReason.CLIENT_GONE
+    ) -> tuple[bytes, bool]:
+        """The next bytes of the body, and whether more will come. blame: what the leash is pulled for in time."""
         if self.client.has_sent_all:
             self.unread = False
             return self.client.take(), False
-        self.leash.within(seconds, FailureReason.CLIENT_GONE)
+        self.leash.within(seconds, blame)
         message = await self.receive()
         if message["type"] == "http.disconnect":
             raise _ClientLeftError
@@ -232,15 +370,30 @@ class _Passage:
         scope = self.scope
         peer, query = scope["client"], scope["query_string"]
         target = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
-        headers = upstream_headers(
-            scope["headers"], forward.set_headers, client=peer and peer[0], scheme=scope["scheme"]
-        )
+        raw, added = self.proxy.trust.dress(forward.decision.endpoint.name, scope["headers"], forward.set_headers)
+        headers = upstream_headers(raw, added, client=peer and peer[0], scheme=scope["scheme"])
         body = None if forward.bodyless else forward.body
-        self.leash.within(self.proxy.first_byte_timeout, FailureReason.TIMEOUT)
+        self.hung, self.at = False, forward.decision.endpoint.name
+        self.overdue_at = self.runtime.clock() + self.proxy.first_byte_timeout
+        soon = min(self.runtime.patience, self.proxy.first_byte_timeout)
+        self.leash.within(soon, FailureReason.TIMEOUT, self._more_patience)
         try:
             return await self.upstream.send(forward.decision.endpoint, scope["method"], target, headers, body)
         except asyncio.CancelledError:
             return self._overdue()
+
+    def give_up(self, seconds: float) -> None:
+        """End the wait for an endpoint that has said nothing for so long."""
+        if self.leash.silence(FailureReason.TIMEOUT) >= seconds:
+            self.hung = True
+            self.leash.pull(FailureReason.TIMEOUT)
+
+    def _more_patience(self) -> float:
+        """Seconds that the response may take to begin beyond those that nobody wonders about."""
+        rest = self.overdue_at - self.runtime.clock()
+        more = self.runtime.patience_with(self.exchange.id)
+        self.hung = more <= 0.0 < rest
+        return min(more, rest)
 
     def _overdue(self) -> FailureReason:
         """In the handler of a cancelled wait for an endpoint: `TIMEOUT` when that is why, else raises it again."""
@@ -251,27 +404,39 @@ class _Passage:
 
     # the response
 
-    async def _hand_on(self, reply: Reply) -> None:
+    async def _hand_on(self, reply: Reply) -> Submit | Respond | None:
+        """Pass a response on to its end; or, before any of it has been, what to do instead."""
         self._act(ResponseHead(reply.status, reply.headers, reply.ended))
-        while self.exchange.phase is not Phase.DONE:
+        self.passes = self.exchange.passes
+        while self.instead is None and self.exchange.phase is not Phase.DONE:
             if not self.client.has_room:
                 # A slow client slows its endpoint down, not our memory.
                 self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
                 await self.client.drain()
             if not reply.waiting:
                 self.client.flush()
-            self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
+            if self.started:  # else the time for the first byte goes on
+                self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
             try:
-                failure = await reply.pour(self._pass_on)
+                failure = await reply.pour(self._pass_on, self._pass_chunk)
             except asyncio.CancelledError:
                 failure = self._overdue()
             if failure is not None:
-                self._act(UpstreamFailed(failure))
+                self._act(UpstreamFailed(failure, self.hung))
+        return self.instead
 
     def _pass_on(self, data: bytes, ended: bool) -> bool:
         self._act(ResponseBody(data, ended))
+        if self.started:
+            self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
+        return not ended and self.client.has_room and self.instead is None
+
+    def _pass_chunk(self, chunk: bytes, begin: int, end: int) -> bool:
+        """Most of a stream goes this way: a token in a chunk of its own, that nobody but the client has to hear of."""
+        if not self.passes(chunk, begin, end) or not self.client.pass_on(chunk):
+            return False
         self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
-        return not ended and self.client.has_room
+        return True
 
     def _act(self, event: ResponseHead | ResponseBody | UpstreamFailed) -> None:
         """Tell what came of a response, and do what follows."""
@@ -283,6 +448,8 @@ class _Passage:
                     self._pass_head(added, end)
                 case Cut():
                     self.client.cut_off()
+                case Submit() | Respond():
+                    self.instead = action
                 case _:
                     raise AssertionError(f"{type(action).__name__} during a response")
 
@@ -290,7 +457,9 @@ class _Passage:
         reply = self.reply
         assert reply is not None
         self.started = True
-        self.client.start(reply.status, client_headers(reply.raw_headers, added, status=reply.status))
+        self.client.start(
+            reply.status, client_headers(reply.raw_headers, added, status=reply.status), close=self.proxy.leaving
+        )
         if end:
             self.client.write(b"", end=True)
 
@@ -300,7 +469,9 @@ class _Passage:
         headers = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in fields]
         self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
         self.started = True
-        self.client.start(answer.status, headers, close=self.unread)
+        if self.proxy.journal is not None:
+            self.proxy.journal.answered(self.exchange.id, answer.status)
+        self.client.start(answer.status, headers, close=self.unread or self.proxy.leaving)
         self.client.write(answer.body, end=False)
         await self._linger()
         self.client.write(b"", end=True)
@@ -311,11 +482,16 @@ class _Passage:
         while self.unread and now() < give_up_at:
             await self._read_request(_LINGER_PAUSE)
 
+    def _error(self, status: int, message: str, headers: Headers = ()) -> Respond:
+        body = openai.error_body_for(self.scope["path"], status, message)
+        return Respond(status, (("content-type", "application/json"), *headers), body)
+
+
+async def _set_with(first: asyncio.Event, second: asyncio.Event) -> None:
+    await first.wait()
+    second.set()
+
 
 def _only(actions: list[Action]) -> Action:
     (action,) = actions
     return action
-
-
-def _error(status: int, message: str, headers: Headers = ()) -> Respond:
-    return Respond(status, (("content-type", "application/json"), *headers), openai.error_body(status, message))

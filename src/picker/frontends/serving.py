@@ -8,9 +8,11 @@ leaves without asking, and to break a response off so that its end is seen to be
 from __future__ import annotations
 
 import asyncio
+import heapq
+import http
 import socket
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import uvicorn
@@ -18,13 +20,25 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from picker.errors import ConfigError
+from picker.frontends.limits import (
+    CROWDED,
+    LONG_HEAD,
+    LONG_TARGET,
+    NOT_HTTP,
+    SLOW_HEAD,
+    ConnectionLimits,
+    Door,
+    Refusal,
+)
+from picker.wire import openai
 
 EXTENSION = "picker"  # scope["extensions"][EXTENSION]["client"] is the request's `Client`
 _BACKLOG = 2048
-# Longer than the pools of common clients keep an idle connection (httpx 5 s, aiohttp 15 s, Go 90 s): the side that
-# sends requests should be the one that closes, else a request meets the closing. A request head may take as long.
-_KEEPALIVE_SECONDS = 120
-_MAX_HEAD_BYTES = 64 * 1024  # as h11 has it; uvicorn bounds heads only there
+_MAKE_ROOM = 64  # idle connections that are closed together when there are too many
+_HANDSHAKE_SECONDS = 10.0
+LAST_CALL_SECONDS = 0.2  # for the first request of a connection that was made just before the end
+_PARTING_SECONDS = 1.0  # for a client to read why its connection ends
+_KEEPALIVE_SECONDS = 120.0  # where no door says otherwise
 _BODYLESS = frozenset((204, 304))
 
 
@@ -49,28 +63,62 @@ def port_of(listener: socket.socket) -> int:
     return int(listener.getsockname()[1])
 
 
-async def serve(app: Any, listener: socket.socket, stop: asyncio.Event, *, grace: float) -> None:
+async def serve(
+    app: Any, listener: socket.socket, stop: asyncio.Event, *, grace: float, door: Door | None = None
+) -> None:
     """Serve an ASGI app on a bound socket until `stop` is set, then let running requests end within `grace` seconds.
+
+    door: what is asked of connections, and TLS.
 
     What still runs after that is cancelled and its connection closed, as it is when this call is cancelled. The socket
     is closed on return. HTTP/1.1 only; a WebSocket handshake arrives as the plain HTTP request that it is.
     """
-    config, state = _config(app), ServerState()
+    config, state, asked = _config(app), ServerState(), door or _default_door()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(
-        lambda: ClientConnection(config, state, {}, loop), sock=listener, backlog=_BACKLOG
-    )
+
+    def accept() -> ClientConnection:
+        made = ClientConnection(config, state, {}, loop)
+        made.door = asked
+        return made
+
+    tls: dict[str, Any] = {"ssl": asked.tls, "ssl_handshake_timeout": _HANDSHAKE_SECONDS} if asked.tls else {}
+    server = await loop.create_server(accept, sock=listener, backlog=_BACKLOG, **tls)
     try:
         await stop.wait()
-        server.close()
-        for connection in list(state.connections):
-            connection.shutdown()
+        await _shut(server, listener, state)
         await _end(state.tasks, grace)
     finally:
         server.close()
         listener.close()
         for connection in list(state.connections):
             connection.transport.abort()
+
+
+async def _shut(server: asyncio.Server, listener: socket.socket, state: ServerState) -> None:
+    """Take no further connections, and close those that nobody uses.
+
+    The kernel resets those that wait to be accepted when their socket closes: so none is let in any more, those that
+    are in are accepted, and they have a moment to say what they have come for.
+    """
+    listener.listen(0)
+    for _ in range(3):  # turns of the loop, which accept
+        await asyncio.sleep(0)
+    server.close()
+    connections = cast("set[ClientConnection]", state.connections)
+    new = [connection for connection in connections if connection.cycle is None]
+    for connection in list(connections):
+        if connection.cycle is not None:
+            connection.shutdown()
+    if new:
+        await asyncio.sleep(LAST_CALL_SECONDS)
+    for connection in new:
+        connection.shutdown()
+
+
+def _default_door() -> Door:
+    usual = ConnectionLimits()
+    patience = min(usual.head_timeout, _KEEPALIVE_SECONDS)
+    return Door(ConnectionLimits(idle_timeout=_KEEPALIVE_SECONDS, head_timeout=patience))
 
 
 def _config(app: Any) -> uvicorn.Config:
@@ -80,7 +128,6 @@ def _config(app: Any) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         interface="asgi3",
-        timeout_keep_alive=_KEEPALIVE_SECONDS,
         log_config=None,  # handlers are the application's business
         log_level="error",  # its warnings tell of odd clients: one line for each request that somebody makes up
         access_log=False,
@@ -101,6 +148,12 @@ async def _end(tasks: set[asyncio.Task[None]], grace: float) -> None:
         task.cancel()
     if late:
         await asyncio.wait(late)
+
+
+def _refusal_head(status: int) -> bytes:
+    """All of a refusal's head but its length."""
+    line = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode()
+    return line + b"content-type: application/json\r\nconnection: close\r\n"
 
 
 class Client:
@@ -139,7 +192,8 @@ class Client:
         cycle.waiting_for_100_continue = False
         cycle.keep_alive = cycle.keep_alive and not close
         self._silent = cycle.scope["method"] == "HEAD" or status in _BODYLESS
-        self._chunked = not self._silent
+        # To a client that knows no chunks, the end of the connection is the end of the body (RFC 9112 section 6.3).
+        self._chunked = not self._silent and cycle.scope["http_version"] != "1.0"
         lines = [STATUS_LINE.get(status) or b"HTTP/1.1 %d \r\n" % status]
         for field in headers:
             if field[0] == b"content-length":
@@ -172,6 +226,14 @@ class Client:
             if not cycle.keep_alive:
                 cycle.transport.close()
             cycle.on_response()
+
+    def pass_on(self, chunk: bytes) -> bool:
+        """Send a chunk of the body as an endpoint has framed it; False: it has to be written."""
+        cycle = self._cycle
+        if self._head or not self._chunked or cycle.disconnected or self._connection.flow.write_paused:
+            return False
+        cycle.transport.write(chunk)
+        return True
 
     def flush(self) -> None:
         """Send the head if it has not gone out yet."""
@@ -221,12 +283,17 @@ class ClientConnection(HttpToolsProtocol):
     parser underneath drops the body of such a request; Java's HttpClient makes the offer with every request.
     """
 
+    door = Door()
     leave: Callable[[], None] | None = None
     lost = False
     _idle_since: float | None = None
     _declining = False
     _in_head = True
-    _head_bytes = 0
+    _head_bytes = 0  # of a head that has not ended, without what is being read
+    _arrived = 0  # bytes being read
+    _slow: asyncio.TimerHandle | None = None  # while a head is late
+    _verdict = NOT_HTTP  # of what the parser will not go on with
+    _deaf = False  # nothing more is read
 
     # what the transport and the parser call
 
@@ -234,32 +301,88 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_made(transport)
         # From the start, not only after a response: else a client that never finishes a head is never closed.
         self._idle_since = self.loop.time()
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.door.limits.idle_timeout, self.timeout_keep_alive_handler
+        )
+        self.door.open += 1
+        if self.door.open > self.door.most:
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return None
+        self._arrived = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             self._go_on(data[offer.args[0] :])
         except httptools.HttpParserError:
-            return self._refuse(b"400 Bad Request", b"This is not an HTTP/1.1 request.")
+            return self._refuse(self._verdict)
         if not self._in_head:
             self._head_bytes = 0
-            self._idle_since = None
+            if self._slow is not None:
+                self._slow.cancel()
+                self._slow = None
+            if self.cycle is not None and not self.cycle.response_complete:  # else these are blank lines
+                self._idle_since = None
             return None
         self._head_bytes += len(data)
-        if self._head_bytes > _MAX_HEAD_BYTES:
-            self._refuse(b"431 Request Header Fields Too Large", b"The request head is too large.")
+        if self._head_bytes > self.door.limits.max_head_bytes:
+            return self._refuse(LONG_TARGET if len(self.url) > self.door.limits.max_target_bytes else LONG_HEAD)
+        if self._slow is None:
+            self._idle_since = None
+            self._slow = self.loop.call_later(self.door.limits.head_timeout, self._refuse, SLOW_HEAD)
         return None
 
-    def _refuse(self, status: bytes, message: bytes) -> None:
-        head = b"HTTP/1.1 %b\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (status, len(message)) + message)
-        self.transport.close()
+    def _refuse(self, refusal: Refusal) -> None:
+        """End the connection for what has come on it; what was asked before is answered first."""
+        if self._deaf or self.transport.is_closing():
+            return
+        self._deaf = True
+        self.door.refused[refusal.reason] += 1
+        running = self.cycle is not None and not self.cycle.response_complete
+        if running and not self.cycle.more_body:
+            self.cycle.keep_alive = False  # the answer to it ends the connection
+            return
+        if running and self.cycle.response_started:
+            self.transport.close()
+            return
+        if running:  # its body will not come; uvicorn is to expect no answer of the application's
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = openai.error_body(refusal.status, refusal.message)
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (_refusal_head(refusal.status), len(body), body))
+        if refusal is CROWDED:
+            self.transport.close()
+        else:
+            self._part()
+
+    def _part(self) -> None:
+        """Close once the client has had time to read: what still arrives at a closed socket resets it, and the client
+        drops what it has not read.
+        """
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._idle_since = None
+        self.loop.call_later(_PARTING_SECONDS, self.transport.close)
+
+    def _make_room(self) -> None:
+        """Close those who have been idle for longest, or be the one that there is no room for."""
+        others = (each for each in self.connections if isinstance(each, ClientConnection) and each is not self)
+        idle = [(each._idle_since, each) for each in others if each._idle_since is not None]
+        for _, each in heapq.nsmallest(_MAKE_ROOM, idle, key=lambda pair: pair[0]):
+            self.door.refused["idle"] += 1
+            each.transport.abort()
+        if not idle:
+            self._refuse(CROWDED)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.lost = True
+        self.door.open -= 1
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
         self._unset_keepalive_if_required()
         leave, self.leave = self.leave, None
         if leave is not None:
@@ -278,9 +401,9 @@ class ClientConnection(HttpToolsProtocol):
 
     def timeout_keep_alive_handler(self) -> None:
         if self._idle_since is None:
-            rest = float(self.timeout_keep_alive)
+            rest = self.door.limits.idle_timeout
         else:
-            rest = self._idle_since + self.timeout_keep_alive - self.loop.time()
+            rest = self._idle_since + self.door.limits.idle_timeout - self.loop.time()
         if rest > 0:
             self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
         else:
@@ -290,8 +413,23 @@ class ClientConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: it may not say what only a head may (RFC 9110 section 6.5.1)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        parser = self.parser
+        verdict = self.door.judge(parser.get_method(), parser.get_http_version(), self.url, self.headers)
+        if verdict is None and self._head_bytes + self._arrived > self.door.limits.max_head_bytes:
+            verdict = self.door.weigh(self.url, self.headers)  # it may have come together with its body
+        if verdict is not None:
+            self._verdict = verdict
+            raise ValueError(verdict.reason)  # it ends the parsing
         self._declining = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
         if not self._declining:
             super().on_headers_complete()

@@ -8,9 +8,10 @@ not a client from a library: docs/decisions/0006-upstream-client.md.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Iterable
+from typing import Any
 
+from picker.frontends.trust import Trust
 from picker.frontends.upstream_connection import Reply, UpstreamConnection
 from picker.types import Endpoint, FailureReason
 
@@ -25,13 +26,15 @@ _WITHOUT_LENGTH = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # where no bod
 class Upstream:
     """Connections to every endpoint, kept alive between requests; no limit on their number, the scheduler has one.
 
-    connect_timeout: seconds for name, TCP and TLS together. Build it inside the loop that uses it; `close` it there.
+    connect_timeout: seconds for name, TCP and TLS together. trust: for TLS.
+
+    Build it inside the loop that uses it; `close` it there.
     """
 
-    def __init__(self, *, connect_timeout: float) -> None:
+    def __init__(self, *, connect_timeout: float, trust: Trust | None = None) -> None:
         self._connect_timeout = connect_timeout
+        self._trust = trust or Trust()
         self._loop = asyncio.get_running_loop()
-        self._tls: ssl.SSLContext | None = None
         self._open: set[UpstreamConnection] = set()
         self._none_open = asyncio.Event()
         self._idle: dict[tuple[str, str], list[UpstreamConnection]] = {}  # longest idle first
@@ -85,16 +88,17 @@ class Upstream:
                     lambda: UpstreamConnection(self._loop, self, place),
                     host.strip("[]"),
                     int(port),
-                    ssl=self._context() if endpoint.scheme == "https" else None,
+                    **self._tls(endpoint),
                 )
         except (OSError, UnicodeError):  # TimeoutError is an OSError; a name that cannot be one is a UnicodeError
             return None
         return connection
 
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
+    def _tls(self, endpoint: Endpoint) -> dict[str, Any]:
+        """What a connection needs to know of TLS. Raises OSError where the system's certificates cannot be read."""
+        if endpoint.scheme != "https":
+            return {}
+        return {"ssl": self._trust.context, "server_hostname": self._trust.server_name}
 
     def _reusable(self, endpoint: Endpoint) -> UpstreamConnection | None:
         """An idle connection, the latest used first: the others may then grow old enough to be closed."""

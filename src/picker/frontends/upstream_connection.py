@@ -8,6 +8,7 @@ about reuse or retries; `Upstream` does.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -22,6 +23,13 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 Sink = Callable[[bytes, bool], bool]
 """Takes the next bytes of a body, and whether they are the last; returns whether it wants more."""
+
+Shortcut = Callable[[bytes, int, int], bool]
+"""Takes a chunk of a body with the framing it came in, and where its content begins and ends in that; or leaves it."""
+
+_chunk_size = re.compile(rb"0{0,4}[1-9a-fA-F][0-9a-fA-F]{0,5}").fullmatch
+_SIZES: dict[bytes, int] = {}  # of chunks, by how they are written: streams repeat a few
+_MOST_SIZES = 4096
 
 
 class Reply:
@@ -56,12 +64,13 @@ class Reply:
         """Everything has been poured, and all of it was there."""
         return self.complete and not self._pieces
 
-    async def pour(self, into: Sink) -> FailureReason | None:
+    async def pour(self, into: Sink, shortcut: Shortcut | None = None) -> FailureReason | None:
         """Give `into` the body as it comes, until its end or until `into` wants no more; else why there is no more.
 
         Called again, it goes on where it stopped. What comes while nobody pours is kept, up to a limit beyond which the
         endpoint has to wait. `into` is called from the event loop's reading: a task that had to wake for each token
-        would cost as much as all that is done with it. What it raises is raised here.
+        would cost as much as all that is done with it. What it raises is raised here. shortcut: asked first where a
+        whole chunk has come by itself.
         """
         while True:
             if self._pieces or self.complete:
@@ -69,7 +78,7 @@ class Reply:
                     return None
             elif self.broken:
                 return FailureReason.RESET
-            elif not await self._connection.progress(into):
+            elif not await self._connection.progress(into, shortcut):
                 return None
 
     def take(self) -> bytes:
@@ -108,6 +117,7 @@ class UpstreamConnection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_between",
         "_head_only",
         "_headers",
         "_in_head",
@@ -117,6 +127,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_parser",
         "_paused",
         "_reply",
+        "_shortcut",
         "_sink",
         "_transport",
         "_until_close",
@@ -139,6 +150,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._reply: Reply | None = None
         self._sink: Sink | None = None  # while somebody pours and waits
+        self._shortcut: Shortcut | None = None  # while somebody pours and waits, too
+        self._between = False  # the parser has seen a chunk's end, and nothing of the next
         self._waiter: asyncio.Future[bool] | None = None
         self._headers: RawHeaders = []
         self._in_head = 0  # bytes of it that have come
@@ -158,7 +171,7 @@ class UpstreamConnection(asyncio.Protocol):
             return None
         reply = self._reply = Reply(self)
         self.silent, self._in_head, self._headers = True, 0, []
-        self._keep = self._until_close = False
+        self._keep = self._until_close = self._between = False
         self._head_only = head_only
         self._transport.write(request)
         if body:
@@ -167,12 +180,12 @@ class UpstreamConnection(asyncio.Protocol):
             await self.progress()
         return reply if reply.status else None
 
-    async def progress(self, into: Sink | None = None) -> bool:
+    async def progress(self, into: Sink | None = None, shortcut: Shortcut | None = None) -> bool:
         """Wait until more of the response is there, or pour it into a sink meanwhile; False: the sink wants no more.
 
         Whoever is cancelled here gives the response up.
         """
-        reply, self._sink = self._reply, into
+        reply, self._sink, self._shortcut = self._reply, into, shortcut
         self._waiter = self._loop.create_future()
         try:
             return await self._waiter
@@ -182,7 +195,7 @@ class UpstreamConnection(asyncio.Protocol):
             raise
         finally:
             if self._sink is into:
-                self._sink = None
+                self._sink = self._shortcut = None
 
     def resume_reading(self) -> None:
         if self._paused:
@@ -207,11 +220,15 @@ class UpstreamConnection(asyncio.Protocol):
         reply = self._reply
         if reply is None:
             return self.abort()  # nobody has asked
+        if self._between and self._shortcut is not None and _take_shortcut(data, self._shortcut):
+            return None  # the parser has missed a whole chunk, and stands where it would stand behind it
         self.silent = False
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             return self.abort()
+        # Only a chunk's end ends with a line end while no other chunk has begun.
+        self._between = self._between and data.endswith(b"\r\n")
         if reply.complete:
             self._settle()
         elif not reply.status:
@@ -257,6 +274,12 @@ class UpstreamConnection(asyncio.Protocol):
             self._paused = True
             self._transport.pause_reading()
 
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
+
     def on_message_complete(self) -> None:
         reply = self._reply
         if reply is not None and reply.status and not reply.complete:
@@ -292,13 +315,31 @@ class UpstreamConnection(asyncio.Protocol):
             # Whoever waits for the body is the one to hear of it, not the transport that brought it.
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_exception(error)
-        self._sink = None
+        self._sink = self._shortcut = None
         self._wake(more=False)
 
     def _wake(self, *, more: bool = True) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(more)
+
+
+def _take_shortcut(data: bytes, shortcut: Shortcut) -> bool:
+    """Offer data if it is one whole chunk, as the parser would read it too."""
+    line = data[: data.find(b"\r\n", 0, 12)]
+    begin = len(line) + 2
+    end = begin + (_SIZES.get(line) or _size(line))
+    return len(data) == end + 2 and end > begin and data.endswith(b"\r\n") and shortcut(data, begin, end)
+
+
+def _size(line: bytes) -> int:
+    """The size of a chunk from how it is written; 0 for the last one, and what the parser had better see."""
+    if _chunk_size(line) is None:
+        return 0
+    size = int(line, 16)
+    if len(_SIZES) < _MOST_SIZES:
+        _SIZES[line] = size
+    return size
 
 
 def _framed(headers: RawHeaders) -> bool:

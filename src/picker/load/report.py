@@ -18,9 +18,6 @@ from picker.load.schedule import Run
 
 Row = dict[str, object]
 
-# Above this the schedule was not kept (inference-perf's rule: wall seconds).
-LATE = 0.010
-
 
 def row(run: Run) -> Row:
     """The figures by the names of `picker load --json`; None where there is nothing to say."""
@@ -33,7 +30,7 @@ def row(run: Run) -> Row:
         "requests": len(run.records),
         "failed": run.failed,
         "duration_s": _rounded(duration),
-        "schedule_delay_p99_s": _rounded(_scaled(schedule_delay_p99(run), scale)),
+        "schedule_delay_p99_s": _rounded(_scaled(run.schedule_delay_p99, scale)),
         "ttft_mean_s": _rounded(mean_ttft(run)),
         "ttft_p50_s": _rounded(_scaled(_percentile(ttfts, 0.50), scale)),
         "ttft_p95_s": _rounded(_scaled(_percentile(ttfts, 0.95), scale)),
@@ -51,11 +48,6 @@ def row(run: Run) -> Row:
 def mean_ttft(run: Run) -> float | None:
     """Mean time to first token of the answered requests, in seconds of the pods."""
     return _scaled(_mean(record.ttft for record in run.records), run.pace.time_scale)
-
-
-def schedule_delay_p99(run: Run) -> float | None:
-    """Wall seconds by which the latest one in a hundred requests was sent too late by us."""
-    return _percentile([record.delay for record in run.records], 0.99)
 
 
 def hit_ratio(records: Iterable[Record]) -> float | None:
@@ -122,6 +114,9 @@ def table(figures: Row, *, title: str) -> Table:
     result.add_column("measured", justify="right")
     for label, name in _LINES:
         result.add_row(label, in_words(name, figures[name]))
+    goodput = figures.get("goodput")
+    if isinstance(goodput, dict):
+        result.add_row("goodput", f"{goodput['share']:.1%}, {goodput['requests_per_s']:,.2f}/s")
     endpoints = figures["by_endpoint"]
     assert isinstance(endpoints, dict)
     for endpoint, count in endpoints.items():

@@ -1,18 +1,19 @@
-"""Recorded traffic as a plan: Mooncake's JSON lines with prefix blocks, and Azure's CSV of lengths.
+"""Recorded traffic as a plan: Mooncake's JSON lines with prefix blocks, Azure's CSV of lengths, and access logs.
 
-`load` reads a file; the rest is pure: lines come in, a `Plan` goes out. Neither format carries text: equal prefix
-blocks get equal text, everything else gets text of its own. A line that cannot be used is a `ConfigError` with its
-number.
+`load` reads a file; the rest is pure: lines come in, a `Plan` goes out. None of the formats carries text: equal prefix
+blocks get equal text, everything else gets text of its own. A line that cannot be used is named by its number: it is a
+`ConfigError`, or left out where somebody listens.
 """
 
 from __future__ import annotations
 
 import csv
 import enum
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -32,10 +33,15 @@ class TraceFormat(enum.Enum):
 
     MOONCAKE = "mooncake"
     AZURE_CSV = "azure-csv"
+    ACCESS_LOG = "access-log"
 
     @classmethod
     def of_path(cls, path: Path) -> TraceFormat:
         return cls.AZURE_CSV if path.suffix.lower() == ".csv" else cls.MOONCAKE
+
+
+OnBroken = Callable[[str], None]
+"""Told what is wrong with a line, with its number; the line is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +54,53 @@ class Traced:
     blocks: tuple[int, ...] | None = None
 
 
-def load(path: Path, trace_format: TraceFormat | None = None) -> list[Traced]:
-    """The requests of a trace file; its format follows from its name unless it is given. Raises ConfigError."""
+def sniff(path: Path) -> TraceFormat:
+    """The format of a file by its name and its first line. Raises ConfigError."""
+    named = TraceFormat.of_path(path)
+    if named is TraceFormat.AZURE_CSV:
+        return named
+    try:
+        with path.open("rb") as file:
+            line = file.readline(1 << 20)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    is_log = line.lstrip().startswith(b"{") and b'"hash_ids"' not in line
+    return TraceFormat.ACCESS_LOG if is_log else named
+
+
+def load(path: Path, trace_format: TraceFormat | None = None, *, on_broken: OnBroken | None = None) -> list[Traced]:
+    """The requests of a trace file; its format follows from its name unless it is given. Raises ConfigError.
+
+    on_broken: told of lines that cannot be used, which are left out; without it the first is an error.
+    """
     try:
         with path.open(encoding="utf-8") as lines:
-            return parse(lines, trace_format or TraceFormat.of_path(path), path=str(path))
+            return parse(lines, trace_format or TraceFormat.of_path(path), path=str(path), on_broken=on_broken)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not a text file") from None
 
 
-def parse(lines: Iterable[str], trace_format: TraceFormat, *, path: str) -> list[Traced]:
+def parse(
+    lines: Iterable[str], trace_format: TraceFormat, *, path: str, on_broken: OnBroken | None = None
+) -> list[Traced]:
     """The requests of a trace in the order of the file. `path` names the file in errors."""
+    broken = on_broken or _refuse
     match trace_format:
         case TraceFormat.MOONCAKE:
-            requests = list(_mooncake(lines, path))
+            requests = list(_mooncake(lines, path, broken))
         case TraceFormat.AZURE_CSV:
-            requests = list(_azure(lines, path))
+            requests = list(_azure(lines, path, broken))
+        case TraceFormat.ACCESS_LOG:
+            requests = _from_zero(list(_access_log(lines, path, broken)))
     if not requests:
         raise ConfigError(f"{path}: the trace has no requests")
     return requests
+
+
+def _refuse(complaint: str) -> NoReturn:
+    raise ConfigError(complaint)
 
 
 def plan(
@@ -132,27 +164,31 @@ class _MooncakeLine(msgspec.Struct):
     hash_ids: list[int]
 
 
-def _mooncake(lines: Iterable[str], path: str) -> Iterator[Traced]:
+def _mooncake(lines: Iterable[str], path: str, broken: OnBroken) -> Iterator[Traced]:
     decoder = msgspec.json.Decoder(_MooncakeLine)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = decoder.decode(line)
-        except msgspec.MsgspecError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from None
-        blocks = -(-entry.input_length // BLOCK_TOKENS)
-        if entry.input_length < 1 or len(entry.hash_ids) != blocks:
-            raise ConfigError(
-                f"{path}, line {number}: input_length {entry.input_length} needs {max(blocks, 1)} hash_ids "
-                f"(one for each {BLOCK_TOKENS} tokens), the line has {len(entry.hash_ids)}"
-            )
-        yield Traced(
-            at=entry.timestamp / 1000.0,
-            prompt_tokens=entry.input_length,
-            output_tokens=entry.output_length,
-            blocks=tuple(entry.hash_ids),
+            yield _traced(decoder.decode(line))
+        except (msgspec.MsgspecError, ValueError) as error:
+            broken(f"{path}, line {number}: {error}")
+
+
+def _traced(entry: _MooncakeLine) -> Traced:
+    """Raises ValueError where lengths and blocks do not agree."""
+    blocks = -(-entry.input_length // BLOCK_TOKENS)
+    if entry.input_length < 1 or len(entry.hash_ids) != blocks:
+        raise ValueError(
+            f"input_length {entry.input_length} needs {max(blocks, 1)} hash_ids "
+            f"(one for each {BLOCK_TOKENS} tokens), the line has {len(entry.hash_ids)}"
         )
+    return Traced(
+        at=entry.timestamp / 1000.0,
+        prompt_tokens=entry.input_length,
+        output_tokens=entry.output_length,
+        blocks=tuple(entry.hash_ids),
+    )
 
 
 # --- Azure ----------------------------------------------------------------------------------------------------
@@ -160,7 +196,7 @@ def _mooncake(lines: Iterable[str], path: str) -> Iterator[Traced]:
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
-def _azure(lines: Iterable[str], path: str) -> Iterator[Traced]:
+def _azure(lines: Iterable[str], path: str, broken: OnBroken) -> Iterator[Traced]:
     rows = csv.DictReader(lines)
     missing = [column for column in _AZURE_COLUMNS if column not in (rows.fieldnames or ())]
     if missing:
@@ -173,6 +209,69 @@ def _azure(lines: Iterable[str], path: str) -> Iterator[Traced]:
             since = (at - start).total_seconds()
             prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {rows.line_num}: {error}") from None
+            broken(f"{path}, line {rows.line_num}: {error}")
+            continue
         # A prompt of no tokens is no prompt: the published traces have none, cut-down copies may.
         yield Traced(at=since, prompt_tokens=max(1, prompt), output_tokens=output)
+
+
+# --- access logs ----------------------------------------------------------------------------------------------
+
+# Names by which logs call the same thing; the first that a line has counts.
+_TIME = ("time", "timestamp", "ts", "at", "started_at", "arrived_at", "@timestamp")
+_PROMPT = ("prompt_tokens", "input_tokens", "input_length", "context_tokens", "ContextTokens")
+_OUTPUT = ("output_tokens", "completion_tokens", "output_length", "generated_tokens", "GeneratedTokens")
+# Numbers above these are an epoch in milliseconds, and in nanoseconds: none is in seconds before the year 5000.
+_MILLISECONDS, _NANOSECONDS = 1e11, 1e15
+
+
+def _access_log(lines: Iterable[str], path: str, broken: OnBroken) -> Iterator[Traced]:
+    """JSON lines with a time and the tokens of prompt and answer, these also inside a `usage`; the rest is ignored."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = msgspec.json.decode(line, type=dict[str, Any])
+            if entry.get("method", "POST") == "POST":  # others ask for no tokens
+                yield _logged(entry)
+        except (msgspec.MsgspecError, ValueError) as error:
+            broken(f"{path}, line {number}: {error}")
+
+
+def _logged(entry: dict[str, Any]) -> Traced:
+    usage = entry.get("usage")
+    counts = {**entry, **usage} if isinstance(usage, dict) else entry
+    if counts.get("prompt_bytes") is not None:
+        # Of an answer that failed the engine has told no tokens.
+        counts = {"prompt_tokens": int(counts["prompt_bytes"]) // 4, "output_tokens": 1, **_known(counts)}
+    return Traced(
+        at=seconds(_first(entry, _TIME)),
+        prompt_tokens=max(1, int(_first(counts, _PROMPT))),
+        output_tokens=int(_first(counts, _OUTPUT)),
+    )
+
+
+def _known(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _first(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
+    value = next((entry[name] for name in names if entry.get(name) is not None), None)
+    if value is None or isinstance(value, (dict, list)):
+        raise ValueError(f"there is no {names[0]} (nor {', '.join(names[1:3])}, ...)")
+    return value
+
+
+def seconds(value: Any) -> float:
+    """A time as a number of seconds, milliseconds or nanoseconds, or as ISO 8601 says it; zones default to UTC."""
+    if isinstance(value, str):
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    number = float(value)
+    return number / 1e9 if number > _NANOSECONDS else number / 1e3 if number > _MILLISECONDS else number
+
+
+def _from_zero(requests: list[Traced]) -> list[Traced]:
+    """Logs are written when answers end: in order of time, from the first on."""
+    start = min((request.at for request in requests), default=0.0)
+    return sorted((replace(request, at=request.at - start) for request in requests), key=lambda each: each.at)

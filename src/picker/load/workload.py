@@ -1,4 +1,4 @@
-"""What a load run will ask, decided before it begins: arrival times, prompts and answer lengths.
+"""What a load run will ask, decided before it begins: prompts, answer lengths and pauses for given arrival times.
 
 Pure: random generators are passed in, nothing is sent and no clock is read. Times are seconds from the start of the
 run, in the time of the pods (`client` divides them where simulated pods run faster than real time).
@@ -6,17 +6,17 @@ run, in the time of the pods (`client` divides them where simulated pods run fas
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from picker.errors import ConfigError
-from picker.load.text import Piece, key
+from picker.load.arrivals import Arrivals, FloatArray, Process
+from picker.load.text import Piece, Words, key
 
-FloatArray = NDArray[np.float64]
+__all__ = ["Arrivals", "FloatArray", "Plan", "Planned", "Process", "Sessions", "SharedPrefix", "Turn"]
+
+Part = Piece | Words
 
 
 # --- the plan ----------------------------------------------------------------------------------------------
@@ -24,29 +24,41 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request. text: what the user says. think: seconds from the end of the previous answer to this request."""
+    """One request. text: what the user says. think: seconds from the end of the previous answer to this request.
 
-    text: tuple[Piece, ...]
+    raw: the JSON of an OpenAI request that is sent as it is, instead.
+    """
+
+    text: tuple[Part, ...]
     max_tokens: int
     think: float = 0.0
+    raw: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One conversation, sent at `at`: a single request, or turns that each build on the answers before them."""
+    """One conversation, sent at `at`: a single request, or turns that each build on the answers before them.
+
+    model: to ask for instead of the run's, a LoRA adapter for example.
+    """
 
     at: float
     turns: tuple[Turn, ...]
-    system: tuple[Piece, ...] = ()
+    system: tuple[Part, ...] = ()
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run will send, in order of `at`. source_requests: how many the trace it was made from has."""
+    """All that a run will send, in order of `at`. source_requests: how many the trace it was made from has.
+
+    stages: (start, end, rate) of each where the rate changes, in seconds of the plan.
+    """
 
     name: str
     conversations: tuple[Planned, ...]
     source_requests: int | None = None
+    stages: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def requests(self) -> int:
@@ -69,51 +81,6 @@ def _prompt_tokens(conversation: Planned) -> int:
         history += sum(piece.tokens for piece in turn.text)
         total += history
     return total
-
-
-# --- when ----------------------------------------------------------------------------------------------------
-
-
-class Process(enum.Enum):
-    """How arrivals are spaced; the value is the flag's word."""
-
-    POISSON = "poisson"
-    CONSTANT = "constant"
-    GAMMA = "gamma"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrivals:
-    """`rate` arrivals a second. burstiness: shape of the gamma spacing; 1 is Poisson, below 1 comes in bursts.
-
-    The parameter is the one of vLLM's `bench serve --burstiness`.
-    """
-
-    rate: float
-    process: Process = Process.POISSON
-    burstiness: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ConfigError(f"the arrival rate must be positive, not {self.rate:g} a second")
-        if not self.burstiness > 0:
-            raise ConfigError(f"burstiness must be positive, not {self.burstiness:g}")
-
-    def times(self, count: int, rng: np.random.Generator) -> FloatArray:
-        """(count,) seconds, ascending; the first arrival is one gap after the start."""
-        mean = 1.0 / self.rate
-        match self.process:
-            case Process.CONSTANT:
-                gaps = np.full(count, mean)
-            case Process.POISSON:
-                gaps = rng.exponential(mean, count)
-            case Process.GAMMA:
-                gaps = rng.gamma(self.burstiness, mean / self.burstiness, count)
-        return np.cumsum(gaps)
-
-    def count_within(self, seconds: float) -> int:
-        """How many arrivals a run of `seconds` is given: the expected number, at least one."""
-        return max(1, round(self.rate * seconds))
 
 
 # --- what ----------------------------------------------------------------------------------------------------

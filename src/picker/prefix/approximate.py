@@ -6,6 +6,7 @@ tail first, and an endpoint holds as much as its KV cache does. Pure, with a har
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import sys
@@ -39,6 +40,10 @@ _RECOVER = 1.002
 _NEARLY = 0.9  # of the prediction, or one block less than it, is no miss: bytes and tokens do not divide alike
 _FLOOR = 0.1
 _TRUST_GAIN = 0.05
+
+
+Prompt = list[tuple[int, bytes]]
+"""Runs of blocks by which a prompt goes on, from its first: the number of the run, and hashes as `_Run` has them."""
 
 
 class _Run(msgspec.Struct, eq=False, gc=False):
@@ -235,6 +240,21 @@ class ApproximateIndex:
         self._oldest = np.concatenate([self._oldest, np.full(extra, _NEVER, dtype=np.int64)])
         self.trust = np.concatenate([self.trust, np.ones(extra)])
         self._make_room(0)
+
+    # --- handing on ---
+
+    def holdings(self, most: int) -> Iterator[tuple[int, Prompt]]:
+        """(row, prompt) of what rows hold, the longest untouched first; of all blocks the latest `most`, about.
+
+        What changes while somebody takes his time may be left out, or be there in its new shape.
+        """
+        entries = [[(stamp, row, run) for run, stamp in mine.order.items()] for row, mine in enumerate(self._rows)]
+        too_many = sum(run.blocks for of_row in entries for _, _, run in of_row) - most
+        for _, row, run in heapq.merge(*filter(None, entries), key=_stamp):
+            if too_many > 0:
+                too_many -= run.blocks
+            elif (run.whole | run.part) >> row & 1:
+                yield row, _prompt(run, self._held(row, run))
 
     # --- sets of rows ---
 
@@ -499,6 +519,19 @@ def _key(run: _Run) -> int:
     """A run's place in the table: which run it goes on from, and its first block."""
     assert run.parent is not None
     return run.parent.number << 64 | int.from_bytes(run.hashes[:_HASH], sys.byteorder)
+
+
+def _stamp(entry: tuple[int, int, _Run]) -> int:
+    return entry[0]
+
+
+def _prompt(run: _Run, blocks: int) -> Prompt:
+    """All that leads to a run, and so many blocks of it."""
+    path, above = [(run.number, run.hashes[: _HASH * blocks])], run.parent
+    while above is not None and above.parent is not None:
+        path.append((above.number, above.hashes))
+        above = above.parent
+    return path[::-1]
 
 
 def _common(hashes: bytes, block_hashes: UInt64Array) -> int:

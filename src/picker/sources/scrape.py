@@ -210,6 +210,9 @@ class ScrapeSource:
     two looks at the model list.
     """
 
+    # Where an endpoint tells whether it is well; None: by its metrics page.
+    health_path: str | None = None
+
     provides = (
         "waiting",
         "running",
@@ -336,9 +339,12 @@ class ScrapeSource:
         return self._interval * min(1 << doublings, MAX_BACKOFF) * self._rng.uniform(1 - JITTER, 1 + JITTER)
 
     async def _scrape(self, server: _Server) -> None:
+        if self.health_path is not None:
+            self._note_health(server, await self._get(server.url + self.health_path), asked=True)
         result = await self._get(server.url + "/metrics")
         now = self._clock()
-        self._note_health(server, result)
+        if self.health_path is None:
+            self._note_health(server, result)
         if result.failure is None and result.status == 200:
             self._note_page(server, result.body, now)
         else:
@@ -385,8 +391,10 @@ class ScrapeSource:
             log.info("scraping %s: %s", server.url, problem or "good again")
         server.problem = problem
 
-    def _note_health(self, server: _Server, result: FetchResult) -> None:
-        server.losses = server.losses + 1 if result.lost else 0
+    def _note_health(self, server: _Server, result: FetchResult, *, asked: bool = False) -> None:
+        """asked: this was what the endpoint tells of its health, so that whatever is no good answer is a bad one."""
+        lost = result.lost or (asked and (result.failure is not None or result.status >= 400))
+        server.losses = server.losses + 1 if lost else 0
         if 0 < server.losses < self._unhealthy_after:
             return
         healthy = server.losses == 0

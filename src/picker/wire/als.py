@@ -48,7 +48,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     request_id: of `x-request-id`, "" without one. status: 0 when there was no response. upstream: "ip:port" of the last
     endpoint tried. failure: None for a response that was complete. first_byte: seconds from the last byte sent to the
     endpoint until the first byte of its response, which may be a head that comes long before the first token.
-    duration: seconds from the request's beginning to its end.
+    duration: seconds from the request's beginning to its end. attempts: endpoints tried, None where it is not said.
     """
 
     mark: str | None
@@ -58,6 +58,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     failure: FailureReason | None
     first_byte: float | None
     duration: float | None
+    attempts: int | None = None
 
 
 def decode(message: bytes, header: str) -> list[Ended]:
@@ -88,6 +89,7 @@ def _ended(entry: Entry, header: str) -> Ended:
         failure=_failure(common),
         first_byte=_seconds(came) - _seconds(sent) if heard else None,
         duration=_seconds(common.duration) if common.HasField("duration") else None,
+        attempts=common.upstream_request_attempt_count or None,
     )
 
 

@@ -8,7 +8,8 @@ What a request means, and in which phase an event is allowed, is the `Exchange`'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 from envoy.config.core.v3 import base_pb2
@@ -80,14 +81,15 @@ _ATTRIBUTES = "envoy.filters.http.ext_proc"
 UPSTREAM_ADDRESS = "upstream.address"
 
 _NO_BODY = processing_mode_pb2.ProcessingMode.NONE
+_BUFFERED = processing_mode_pb2.ProcessingMode.BUFFERED
 _FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
 # Said, not left to the default, which has changed between versions of Envoy.
 _OVERWRITE = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
-def _forward_template() -> bytes:
+def _forward_template(*, kept: bool) -> bytes:
     response = ProcessingResponse()
-    common = response.request_headers.response
+    common = (response.request_body if kept else response.request_headers).response
     common.clear_route_cache = True
     common.header_mutation.remove_headers.extend(CONTROL_HEADERS)
     return bytes(response.SerializeToString())
@@ -108,7 +110,8 @@ def _set_headers(mutation: HeaderMutation, headers: Headers) -> None:
         option.header.raw_value = value.encode("latin-1", "replace")
 
 
-_FORWARD = _forward_template()
+_FORWARD = _forward_template(kept=False)
+_FORWARD_KEPT = _forward_template(kept=True)
 _PASS = _pass_template()
 
 
@@ -119,11 +122,22 @@ class Codec:
     of the request; nothing of the response is seen then. None: the response is followed here.
     Remembers which directions end in trailers: the last chunk of such a body carries no end-of-stream mark.
     A list of endpoints is for data planes that walk it (Envoy's override_host); others take it for one address.
+    addresses: "ip:port" of endpoints that are known by name; others go by their own address. whole: the data plane
+    keeps bodies (BUFFERED) and sends each in one message, and gets none back.
     """
 
-    __slots__ = ("_fallbacks", "_mark", "_request_trailers", "_response_trailers")
+    __slots__ = ("_addresses", "_fallbacks", "_mark", "_request_trailers", "_response_trailers", "_whole")
 
-    def __init__(self, *, fallbacks: bool = True, mark: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        fallbacks: bool = True,
+        mark: str | None = None,
+        addresses: Mapping[str, str] = MappingProxyType({}),
+        whole: bool = False,
+    ) -> None:
+        self._addresses = addresses
+        self._whole = whole
         self._fallbacks = fallbacks
         self._mark = mark
         self._request_trailers = False
@@ -140,7 +154,7 @@ class Codec:
                 return RequestBody(body.body, body.end_of_stream, _subset(message))
             case "request_headers":
                 lean = self._mark is not None
-                _check_modes(message, lean=lean)
+                _check_modes(message, lean=lean, whole=self._whole)
                 return _request_head(message, followed=not lean, walked=self._fallbacks)
             case "response_headers":
                 return _response_head(message)
@@ -153,6 +167,14 @@ class Codec:
             case kind:
                 raise WireError(f"The data plane sent an ext-proc message without content ({kind}).")
 
+    def proceed(self) -> ProcessingResponse | None:
+        """What a request's head is answered with before its body comes; None where nothing is said until it is all."""
+        if not self._whole:
+            return None
+        response = ProcessingResponse()
+        response.request_headers.SetInParent()
+        return response
+
     def encode(self, action: Action) -> list[ProcessingResponse]:
         """The messages that carry out an action, to be sent in order; raises ValueError for what has none."""
         match action:
@@ -160,7 +182,7 @@ class Codec:
                 replies = [_response_chunk(*chunk) for chunk in _chunks(data, end=end and not self._response_trailers)]
                 return [*replies, _response_trailers()] if end and self._response_trailers else replies
             case Forward():
-                return [self._request_headers(action), *self._request_body(action)]
+                return [self._verdict(action), *self._request_body(action)]
             case PassHead(set_headers):
                 response = ProcessingResponse.FromString(_PASS)
                 _set_headers(response.response_headers.response.header_mutation, set_headers)
@@ -170,27 +192,31 @@ class Codec:
             case _:
                 raise ValueError(f"{type(action).__name__} has no counterpart in ext-proc")
 
-    def _request_headers(self, action: Forward) -> ProcessingResponse:
+    def _verdict(self, action: Forward) -> ProcessingResponse:
         decision = action.decision
         destination = decision.endpoint.address
         if self._fallbacks and decision.fallbacks:
             # Ranks of one engine share its address, and whoever cannot reach it once cannot reach it twice.
             addresses = (destination, *(endpoint.address for endpoint in decision.fallbacks))
-            destination = ",".join(dict.fromkeys(addresses))
+            destination = ",".join(dict.fromkeys(self._addresses.get(each, each) for each in addresses))
+        elif self._addresses:
+            destination = self._addresses.get(destination, destination)
         headers: Headers = ((DESTINATION, destination), *action.set_headers)
         if self._mark is not None:
             headers = (*headers, (REQUEST_HEADER, self._mark))
-        if action.body:
+        kept = self._whole and not action.bodyless
+        if action.body and not kept:
             # Full-duplex mode drops the client's. Envoy drops ours too and sends the body in chunks; others do not.
             headers = (*headers, ("content-length", str(len(action.body))))
-        response = ProcessingResponse.FromString(_FORWARD)
-        _set_headers(response.request_headers.response.header_mutation, headers)
+        response = ProcessingResponse.FromString(_FORWARD_KEPT if kept else _FORWARD)
+        answered = response.request_body if kept else response.request_headers
+        _set_headers(answered.response.header_mutation, headers)
         verdict = response.dynamic_metadata.fields[LOAD_BALANCING].struct_value
         verdict.fields[DESTINATION].string_value = destination
         return response
 
     def _request_body(self, action: Forward) -> Iterator[ProcessingResponse]:
-        if action.bodyless:
+        if action.bodyless or self._whole:
             return
         for data, end in _chunks(action.body, end=not self._request_trailers):
             response = ProcessingResponse()
@@ -207,13 +233,13 @@ class Codec:
 # --- decoding ----------------------------------------------------------------------------------------------
 
 
-def _check_modes(message: ProcessingRequest, *, lean: bool) -> None:
+def _check_modes(message: ProcessingRequest, *, lean: bool, whole: bool) -> None:
     """Older data planes do not tell their modes; those that do must stream both bodies, or lean ones the request's."""
     if not message.HasField("protocol_config"):
         return
     config = message.protocol_config
     response = (_FULL_DUPLEX, _NO_BODY) if lean else (_FULL_DUPLEX,)
-    if config.request_body_mode != _FULL_DUPLEX or config.response_body_mode not in response:
+    if config.request_body_mode != (_BUFFERED if whole else _FULL_DUPLEX) or config.response_body_mode not in response:
         hint = "" if lean else " (with response_body_mode NONE picker must run with --mode lean)"
         raise WireError(
             f"ext-proc needs processing_mode request_body_mode and response_body_mode FULL_DUPLEX_STREAMED{hint}; "

@@ -241,10 +241,14 @@ class Connection:
                 return
             if size - at - 5 < length:
                 break
-            events.append(Message(stream.id, bytes(buffer[at + 5 : at + 5 + length])))
+            with memoryview(buffer) as view:  # a slice of a bytearray would be copied twice
+                events.append(Message(stream.id, bytes(view[at + 5 : at + 5 + length])))
             stream.unread += length + 5
             at += 5 + length
-        if at < size or stream.parts:
+        # What is kept is not copied: a message of hundreds of kilobytes comes in frames of 16.
+        if stream.parts:
+            del stream.parts[:at]
+        elif at < size:
             stream.parts = bytearray(buffer[at:])
 
     def _refuse(self, stream: _Stream, code: int, events: list[Event]) -> None:

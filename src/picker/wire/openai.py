@@ -17,6 +17,7 @@ from msgspec import Raw
 
 from picker.errors import WireError
 from picker.types import Call, CallKind, Usage
+from picker.wire import multipart
 from picker.wire.prompts import Content, Item, Message, Options, Prompt, chat_prompt, text_prompt
 
 T = TypeVar("T")
@@ -106,6 +107,23 @@ def parse_call(path: str, body: bytes) -> Call:
     return _parse_other(route, body)
 
 
+# What engines do for these changes nothing there: done twice, it costs time and no more.
+_REPEATABLE = (
+    *("/completions", "/embeddings", "/messages", "/count_tokens", "/responses", "/rerank", "/score", "/pooling"),
+    *("/classify", "/tokenize", "/detokenize", "/render", "/derender", "/transcriptions", "/translations", "/speech"),
+    *("/generate", "/generative_scoring", "/moderations", "/invocations", "/batch", "/models", "/health"),
+)
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+
+
+def repeatable(method: str, path: str) -> bool:
+    """Whether a request that may have been carried out may be sent to another engine all the same.
+
+    Anything that only computes an answer may; what loads an adapter, resets a cache or is not known may not.
+    """
+    return method in _SAFE_METHODS or path.partition("?")[0].endswith(_REPEATABLE)
+
+
 def _parse_chat(body: bytes) -> Call:
     fields = _chat.decode(body)
     if fields.messages is None:
@@ -132,13 +150,23 @@ def _parse_other(route: str, body: bytes) -> Call:
     fields = attempt(_other, body)
     if fields is None:
         named = attempt(_named, body)
-        return Call(kind=CallKind.OTHER, model=named.model or None if named else None)
+        return _parse_form(body) if named is None else Call(kind=CallKind.OTHER, model=named.model or None)
     try:
         prompt = _other_prompt(fields, conversational=route.endswith(("/responses", "/responses/render")))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         prompt = Prompt()
     limits = (fields.max_completion_tokens, fields.max_output_tokens, fields.max_tokens)
     return _call(CallKind.OTHER, fields, prompt, next((limit for limit in limits if limit is not None), None))
+
+
+def _parse_form(body: bytes) -> Call:
+    """A form with files, of which the size is all that is understood; or nothing that we know."""
+    fields = multipart.fields_of(body)
+    if fields is None:
+        return Call(kind=CallKind.OTHER, model=None)
+    stream = fields.get("stream", "").strip().lower() in ("true", "1")
+    model = fields.get("model", "").strip() or None
+    return Call(kind=CallKind.OTHER, model=model, extra_bytes=multipart.text_bytes(len(body)), stream=stream)
 
 
 def _other_prompt(fields: _Other, *, conversational: bool) -> Prompt:
@@ -265,6 +293,32 @@ def error_body(
         return error_body(error.status, error.message, kind=error.kind, param=error.param, code=code)
     details = {"message": message, "type": kind or error_kind(error), "param": param, "code": code or error}
     return msgspec.json.encode({"error": details})
+
+
+# Anthropic's names; its clients, too, choose their exception class by the status.
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def error_body_for(path: str, status: int, message: str, *, kind: str | None = None, param: str | None = None) -> bytes:
+    """The JSON body of an error in the dialect of the path: Anthropic's for Messages, else OpenAI's."""
+    if not _is_messages(path):
+        return error_body(status, message, kind=kind, param=param)
+    known = _ANTHROPIC_KINDS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    return msgspec.json.encode({"type": "error", "error": {"type": known, "message": message}})
+
+
+def _is_messages(path: str) -> bool:
+    return path.partition("?")[0].endswith(("/v1/messages", "/v1/messages/count_tokens"))
 
 
 def _refusing(parse: Callable[[bytes], Call], body: bytes) -> Call:

@@ -34,6 +34,10 @@ _shows_usage = re.compile(rb'"usage"\s*:\s*\{').search
 _shows_reason = re.compile(rb'_reason"\s*:\s*"').search
 _shows_end = re.compile(rb'"type"\s*:\s*"(?:message_stop|response\.(?:completed|incomplete|failed|cancelled))"').search
 
+# The text of a token, as far as its first escape, and text that ends neither its string, its line nor itself.
+_text_of = re.compile(rb'"(?:content|text|reasoning|reasoning_content)"\s*:\s*"([^"\\\r\n]*)"').search
+_is_text = re.compile(rb'[^"\\\r\n]*').fullmatch
+
 
 # --- what engines send -------------------------------------------------------------------------------------
 
@@ -125,6 +129,7 @@ class StreamObserver:
         "_known",
         "_late",
         "_pending",
+        "_shape",
         "_skipping",
         "_typed",
         "_usage",
@@ -148,6 +153,7 @@ class StreamObserver:
         self._began = False  # an event of the answer proper has passed, with output or without
         self._known = False  # an event in a dialect whose end marker we know has passed
         self._typed = False  # and its events carry a `type`: Responses or Anthropic
+        self._shape: tuple[bytes, bytes] | None = None  # what stands before and behind the text of another token
 
     @property
     def usage(self) -> Usage | None:
@@ -165,9 +171,25 @@ class StreamObserver:
             return False
         return self.finish_reason == "abort" or (self.done and not self._began)
 
+    def passes(self, data: bytes, start: int, end: int) -> bool:
+        """Whether data[start:end], the next bytes of the body, are no more than another token; else `feed` them.
+
+        True where they differ from the event before them in nothing but the text: then they need not be fed.
+        """
+        shape = self._shape
+        if shape is None or self._pending:
+            return False
+        before, after = shape
+        return (
+            data.startswith(before, start)
+            and data.endswith(after, start, end)
+            and _is_text(data, start + len(before), end - len(after)) is not None
+        )
+
     def feed(self, data: bytes, *, end: bool = False) -> None:
         """Take the next bytes of the body. end: nothing follows them."""
         if self.first_token and not end and not self._pending and data.endswith(_ENDS) and self._passes_by(data):
+            self._note_shape(data)
             return  # `_after_cr` may stay set: between events it can only swallow an empty line
         if self._after_cr or b"\r" in data:
             data = self._unified(data)
@@ -239,6 +261,11 @@ class StreamObserver:
         if self._continuous:
             self._late = data
         return self._continuous
+
+    def _note_shape(self, data: bytes) -> None:
+        """Of events that were passed by for what they are: any that differ in this text alone may be."""
+        text = None if self._continuous else _text_of(data)
+        self._shape = None if text is None else (data[: text.start(1)], data[text.end(1) :])
 
     def _close(self) -> None:
         """The body is over. An event that lacks no more than its blank line counts; a fragment does not."""
@@ -348,6 +375,10 @@ class JsonObserver:
             self.done = True
             self._read(b"".join(self._chunks))
             self._chunks.clear()
+
+    def passes(self, data: bytes, start: int, end: int) -> bool:
+        """As `StreamObserver.passes`: a document is read as a whole."""
+        return False
 
     def _read(self, body: bytes) -> None:
         event = attempt(_event, body)

@@ -120,6 +120,7 @@ class Logged(Word, frozen=True, tag=8):
     failure: FailureReason | None
     first_byte: float | None
     duration: float | None
+    attempts: int | None
 
 
 class LogOpened(Word, frozen=True, tag=9):

@@ -20,10 +20,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from picker.sim.report.palette import INK, RULE, Palette
 
 # Inches; the SVG has 72 units each and is scaled to its column.
-_WIDTH, _HEIGHT, _BAR = 6.0, 3.7, 0.27
+_WIDTH, HEIGHT, _BAR = 6.0, 3.7, 0.27
 # A bar this many times the shortest is cut off, so that the others can be told apart.
 _CUT = 8.0
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "picker",
     "font.family": "sans-serif",
@@ -64,8 +64,8 @@ def curves(
     series: Sequence[Series], palette: Palette, *, x: str, y: str, log: bool = False, top: float | None = None
 ) -> str:
     """One line for each policy with its intervals. x, y: what the axes show. top: the axis goes from 0 to it."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(_HEIGHT)
+    with mpl.rc_context(STYLE):
+        figure, axes = new_axes(HEIGHT)
         for one in sorted(series, key=lambda one: palette[one.policy].strong):
             _curve(axes, one, palette)
         axes.set_xlabel(x)
@@ -77,8 +77,8 @@ def curves(
             _logarithmic(axes)
         else:
             axes.set_ylim(0.0, top)
-            axes.yaxis.set_major_formatter(FuncFormatter(_number))
-        return _svg(figure, palette, y)
+            axes.yaxis.set_major_formatter(FuncFormatter(short_number))
+        return as_svg(figure, palette, y)
 
 
 def bars(points: Sequence[tuple[str, Point]], palette: Palette, *, x: str, ascending: bool = True) -> str:
@@ -86,8 +86,8 @@ def bars(points: Sequence[tuple[str, Point]], palette: Palette, *, x: str, ascen
     ordered = sorted(points, key=lambda item: item[1].y, reverse=not ascending)
     shortest = min(point.y for _, point in ordered)
     limit = min(max(point.high for _, point in ordered), max(shortest, 1e-9) * _CUT)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _axes(0.9 + _BAR * len(ordered))
+    with mpl.rc_context(STYLE):
+        figure, axes = new_axes(0.9 + _BAR * len(ordered))
         for row, (policy, point) in enumerate(ordered):
             _bar(axes, row, point, palette, policy, limit)
         axes.set_yticks(range(len(ordered)), [policy for policy, _ in ordered])
@@ -96,24 +96,24 @@ def bars(points: Sequence[tuple[str, Point]], palette: Palette, *, x: str, ascen
         axes.invert_yaxis()
         axes.set_xlim(0.0, limit * 1.22)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.xaxis.set_major_formatter(FuncFormatter(short_number))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_title(x, loc="left", fontsize=11.5, fontweight="bold", color=INK)
-        return _svg(figure, palette, x)
+        return as_svg(figure, palette, x)
 
 
 def swatch(policy: str, palette: Palette) -> str:
     """What stands for a policy in a legend."""
-    with mpl.rc_context({**_STYLE, "figure.constrained_layout.use": False}):
+    with mpl.rc_context({**STYLE, "figure.constrained_layout.use": False}):
         figure = Figure(figsize=(0.5, 0.2))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_axis_off()
         _line(axes, [0.0, 0.5, 1.0], [0.0] * 3, policy, palette, markevery=[1])
-        return _svg(figure, palette, policy)
+        return as_svg(figure, palette, policy)
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
+def new_axes(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -158,7 +158,7 @@ def _bar(axes: Axes, row: int, point: Point, palette: Palette, policy: str, limi
     end = limit if cut else min(max(point.high, point.y), limit)
     if point.low < point.high and not cut:
         axes.hlines(row, point.low, end, color=INK, linewidth=1.0)
-    text = f"{'›› ' if cut else ''}{_number(point.y)}"
+    text = f"{'›› ' if cut else ''}{short_number(point.y)}"
     axes.annotate(
         text, (end, row), (4, 0), textcoords="offset points", va="center", fontweight="bold" if strong else "normal"
     )
@@ -171,19 +171,19 @@ def _logarithmic(axes: Axes) -> None:
     span = high / low
     ticks = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if span < 12 else (1.0, 2.0, 5.0) if span < 500 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=ticks))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set_major_formatter(FuncFormatter(short_number))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _number(value: float, position: int | None = None) -> str:
+def short_number(value: float, position: int | None = None) -> str:
     """Three digits, without an exponent."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
-def _svg(figure: Figure, palette: Palette, name: str) -> str:
+def as_svg(figure: Figure, palette: Palette, name: str) -> str:
     """The drawing without what only a file of its own needs, and without names that another one has too.
 
     name: what a screen reader says of it.

@@ -1,0 +1,142 @@
+"""What picker's own Envoy is told, as data; Envoy's own opinion of it where a binary is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from picker import envoy
+from picker.data_plane import Asking, Door, Folder, Serving, certificate, gateway, members, write_whole
+from picker.envoy import validate
+from picker.errors import ConfigError
+from picker.frontends.certificates import self_signed
+from picker.types import Endpoint
+
+try:
+    envoy.find_envoy()
+    missing = ""
+except ConfigError as error:
+    missing = str(error)
+needs_envoy = pytest.mark.skipif(bool(missing), reason=missing)
+
+
+def door(**options: Any) -> Door:
+    known: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "connect_timeout": 2.0,
+        "silence": 600.0,
+        "attempts": 3,
+        "elsewhere": (502, 503),
+        "max_body_bytes": 1000,
+        "connections": 500,
+    }
+    return Door(**(known | options))
+
+
+def made(tmp_path: Path, port: int = 8080, **options: Any) -> dict[str, Any]:
+    return gateway(door(**options), port, Folder(tmp_path))
+
+
+def manager(config: dict[str, Any]) -> dict[str, Any]:
+    (listener,) = config["static_resources"]["listeners"]
+    found = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    assert isinstance(found, dict)
+    return found
+
+
+def virtual_host(config: dict[str, Any]) -> dict[str, Any]:
+    (found,) = manager(config)["route_config"]["virtual_hosts"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_nothing_but_the_gateway_listens_on_a_port(tmp_path: Path) -> None:
+    assert json.dumps(made(tmp_path)).count("port_value") == 1
+
+
+def test_what_clients_could_tell_envoy_or_picker_by_header_is_stripped(tmp_path: Path) -> None:
+    (extension,) = manager(made(tmp_path))["early_header_mutation_extensions"]
+    matches = [each.get("remove_on_match") for each in extension["typed_config"]["mutations"]]
+    prefixes = [each["key_matcher"]["prefix"] for each in matches if each]
+    assert prefixes == ["x-gateway-", "x-llm-d-", "x-envoy-"]
+
+
+def test_another_endpoint_is_tried_as_often_as_configured_and_not_at_all_with_one_attempt(tmp_path: Path) -> None:
+    (route,) = virtual_host(made(tmp_path, attempts=3))["routes"]
+    assert route["route"]["retry_policy"]["num_retries"] == 2
+    assert route["route"]["retry_policy"]["retriable_status_codes"] == [502, 503]
+    (route,) = virtual_host(made(tmp_path, attempts=1))["routes"]
+    assert "retry_policy" not in route["route"]
+
+
+def test_a_body_is_kept_for_another_try_up_to_the_limit_of_bodies(tmp_path: Path) -> None:
+    assert virtual_host(made(tmp_path, max_body_bytes=12345))["request_body_buffer_limit"] >= 12345
+
+
+def test_the_endpoint_is_named_unless_that_is_off(tmp_path: Path) -> None:
+    named = [each["header"]["key"] for each in virtual_host(made(tmp_path))["response_headers_to_add"]]
+    assert named == ["x-picker-endpoint", "x-picker-request-id"]
+    assert "response_headers_to_add" not in virtual_host(made(tmp_path, name_endpoint=False))
+
+
+def test_ranks_of_one_engine_are_one_member() -> None:
+    ranks = [Endpoint(f"10.0.0.1:8000#{rank}", "10.0.0.1:8000", rank=rank) for rank in (0, 1)]
+    (resource,) = members([*ranks, Endpoint("b", "[fd00::2]:8000")], {})["resources"]
+    found = resource["endpoints"][0]["lb_endpoints"]
+    assert [each["endpoint"]["address"]["socket_address"]["address"] for each in found] == ["10.0.0.1", "fd00::2"]
+    assert [each["metadata"]["filter_metadata"]["picker"]["name"] for each in found] == ["10.0.0.1:8000", "b"]
+
+
+def test_https_members_are_spoken_to_by_tls_under_their_name() -> None:
+    endpoints = [Endpoint("a", "10.0.0.1:443", scheme="https"), Endpoint("b", "10.0.0.2:80")]
+    (resource,) = members(endpoints, {"10.0.0.1:443": "a.example"})["resources"]
+    first, second = resource["endpoints"][0]["lb_endpoints"]
+    assert first["endpoint"]["hostname"] == "a.example"
+    assert first["metadata"]["filter_metadata"]["envoy.transport_socket_match"] == {"tls": True}
+    assert "envoy.transport_socket_match" not in second["metadata"]["filter_metadata"]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "pool.json"
+    write_whole(path, {"resources": []})
+    before = path.stat().st_ino
+    write_whole(path, {"resources": [1]})
+    assert path.stat().st_ino != before
+    assert json.loads(path.read_text()) == {"resources": [1]}
+    assert [each.name for each in tmp_path.iterdir()] == ["pool.json"]
+
+
+@needs_envoy
+@pytest.mark.parametrize("host", ["127.0.0.1", "::", "0.0.0.0"])
+def test_envoy_accepts_it(tmp_path: Path, host: str) -> None:
+    write_whole(Folder(tmp_path).pool, members([Endpoint("a", "10.0.0.1:443")], {}))
+    validate(made(tmp_path, host=host))
+
+
+@needs_envoy
+def test_envoy_accepts_tls_both_ways(tmp_path: Path) -> None:
+    endpoint = Endpoint("a", "10.0.0.1:443", scheme="https")
+    write_whole(Folder(tmp_path).pool, members([endpoint], {"10.0.0.1:443": "a.example"}))
+    chain, key = (text.decode() for text in self_signed(["localhost"]))
+    write_whole(Folder(tmp_path).secret, certificate(chain, key))
+    ca, own = tmp_path / "ca.pem", tmp_path / "own.pem"
+    ca.write_text(chain)
+    own.write_text(key)
+    serving = Serving(client_ca=str(ca), oldest="1.3")
+    for asking in (
+        Asking(str(ca)),
+        Asking(str(ca), cert=str(ca), key=str(own), server_name="a.example"),
+        Asking(insecure=True),
+    ):
+        validate(made(tmp_path, serving=serving, asking=asking))
+
+
+def test_what_clients_say_of_themselves_goes_on_unless_endpoints_get_something_else(tmp_path: Path) -> None:
+    untouched = virtual_host(made(tmp_path))
+    assert not {"request_headers_to_add", "request_headers_to_remove"} & set(untouched)
+    taken = virtual_host(made(tmp_path, authorization=""))
+    assert taken["request_headers_to_remove"] == ["authorization", "x-api-key"]
+    replaced = virtual_host(made(tmp_path, authorization="Bearer k"))
+    assert replaced["request_headers_to_remove"] == ["x-api-key"]
+    assert replaced["request_headers_to_add"][0]["header"] == {"key": "authorization", "value": "Bearer k"}
