@@ -412,7 +412,11 @@ def command(faults: Sequence[str], workers: int, seconds: float, as_json: bool) 
                 f"{fault}: {'passed' if rows[-1]['passed'] else 'FAILED'}, {rows[-1]['failed']} failed", err=True
             )
     if as_json:
-        about = {"machine": machine.describe(), "command": shlex.join(sys.argv), "health": _HEALTH}
+        about = {
+            "machine": machine.describe(),
+            "command": shlex.join(["python", "-m", "bench.faults", *sys.argv[1:]]),
+            "health": _HEALTH,
+        }
         click.echo(json.dumps({"bench": "faults", "rows": rows, "workers": workers, "seconds": seconds, **about}))
     else:
         show(rows)
