@@ -29,6 +29,7 @@ def files() -> Mapping[str, str]:
     grafana = json.dumps(dashboard(), indent=1) + "\n"
     envoy = _ENVOY + to_yaml(_sidecar())
     rules, rights = f"{_KUBERNETES}/components/monitoring/rules.yaml", f"{_KUBERNETES}/base/rbac.yaml"
+    election = f"{_KUBERNETES}/components/leader-election/rbac.yaml"
     return {
         f"{_KUBERNETES}/components/monitoring/picker.json": grafana,
         f"{_CHART}/dashboard.json": grafana,
@@ -36,6 +37,7 @@ def files() -> Mapping[str, str]:
         f"{_CHART}/envoy.yaml": envoy,
         f"{_CHART}/alerts.yaml": _COPY.format(rules) + _part(rules, "PrometheusRule", "spec"),
         f"{_CHART}/rights.yaml": _COPY.format(rights) + _part(rights, "Role", "rules"),
+        f"{_CHART}/election.yaml": _COPY.format(election) + _part(election, "Role", "rules"),
     }
 
 

@@ -20,7 +20,7 @@ PURE_SIM = (
 # What Kubernetes objects mean; how they get here is for the rest of the folder.
 PURE_KUBERNETES = tuple(
     f"sources.kubernetes.{name}"
-    for name in ("objects", "members", "groups", "roster", "objectives", "rewrites", "overlaps", "scope")
+    for name in ("objects", "members", "groups", "roster", "objectives", "rewrites", "overlaps", "scope", "leases")
 )
 PURE_REPLICAS = tuple(f"replicas.{name}" for name in ("words", "guests", "handover"))
 DECIDING = (*NOUNS, "core", "prefix", "scorers")

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import signal
+import socket
 import ssl
 import time
 from collections import ChainMap
@@ -49,7 +50,9 @@ from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
 from picker.sources.file import FileSource, load_endpoints
 from picker.sources.ingest import Ingest
-from picker.sources.kubernetes.credentials import find_access
+from picker.sources.kubernetes.client import Client
+from picker.sources.kubernetes.credentials import Access, find_access
+from picker.sources.kubernetes.election import Election, Timing
 from picker.sources.kubernetes.scope import Scope
 from picker.sources.kubernetes.source import KubernetesSource
 from picker.sources.kv_events import KvEventSource
@@ -96,6 +99,7 @@ class App:
         self.secret = secret
         self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
         self.discovery = build_discovery(config, clock)
+        self.election = build_election(config, clock)
         self.scrape_key: str | None = None  # and how endpoints are asked for their metrics
         self.scrape_tls: ssl.SSLContext | bool = True
         self.roster = Roster(CONFIGURATION, ENDPOINTS_FILE)
@@ -166,6 +170,9 @@ class App:
             age = "Seconds since the API server was lost sight of; nan before all is known."
             gauge("picker_kubernetes_age_seconds", age, lambda: _or_nan(discovery.age(self.runtime.clock())))
             self.runtime.reports["kubernetes"] = discovery.report
+        if (election := self.election) is not None:
+            gauge("picker_leader", "1 while this replica leads.", lambda: float(election.leading))
+            self.runtime.reports["leader_election"] = election.report
         exact = scheduler.exact
         if exact is not None:
             gauge("picker_exact_index_bytes", "Memory of the index of KV events.", lambda: exact.index.nbytes)
@@ -181,6 +188,11 @@ class App:
     def informed(self) -> bool:
         """Whether it knows what there is to know at the start: the endpoints, and what other replicas have told."""
         return self._knows_endpoints() and (self.replicas is None or self.replicas.settled.is_set())
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this replica that serves, which all are where nobody leads."""
+        return self.election is None or self.election.leading
 
     async def get_informed(self) -> None:
         """Wait for that; for other replicas no longer than a few seconds."""
@@ -232,10 +244,14 @@ class App:
                 background.append(group.create_task(self.replicas.run(rng)))
             if self.recorder is not None:
                 background.append(group.create_task(self.recorder.run()))
+            if self.election is not None:
+                background.append(group.create_task(self.election.run(self.get_informed)))
             background += [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
             await self._serve([*frontends, partial(serve_api, self.config, self.runtime)], stop)
             if self.snapshots is not None:
                 await self.snapshots.finish()
+            if self.election is not None:
+                await self.election.gone.wait()
             for task in background:
                 task.cancel()
 
@@ -271,6 +287,8 @@ class App:
 
     async def _drain_on(self, stop: asyncio.Event) -> None:
         await stop.wait()
+        if self.election is not None:
+            self.election.resign()
         self.runtime.drain()
 
 
@@ -359,7 +377,7 @@ def build_discovery(config: Config, clock: Clock) -> KubernetesSource | None:
         return None
     access = find_access(wanted.kubeconfig, wanted.context)
     scope = Scope(
-        namespace=wanted.namespace or os.environ.get("NAMESPACE") or access.namespace or "default",
+        namespace=_namespace(config, access),
         pools=tuple(wanted.pools),
         group=wanted.group,
         selector=wanted.selector or "",
@@ -375,6 +393,28 @@ def build_discovery(config: Config, clock: Clock) -> KubernetesSource | None:
         resync=wanted.resync_s,
         silence=wanted.silence_s,
     )
+
+
+def build_election(config: Config, clock: Clock) -> Election | None:
+    """A part in choosing the replica that serves; None where all do. Raises ConfigError."""
+    wanted = config.kubernetes.leader_election
+    if not wanted.enabled:
+        return None
+    access = find_access(config.kubernetes.kubeconfig, config.kubernetes.context)
+    namespace, pool = _namespace(config, access), next(iter(config.kubernetes.pools), config.epp.pool_name)
+    name = wanted.lease or (f"epp-{namespace}-{pool}.llm-d.ai" if pool else None)
+    if name is None:
+        raise ConfigError("kubernetes.leader_election.lease: without a pool the lease needs a name")
+    rng = random.Random(config.seed)
+    identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{os.urandom(8).hex()}"
+    timing = Timing(wanted.duration_s, wanted.renew_s, wanted.retry_s)
+    # As client-go: of two requests in the time until a leader gives up, one may hang.
+    connect = partial(Client, access, timeout=timing.renew / 2)
+    return Election(connect, namespace, name, identity, clock=clock, rng=rng, timing=timing)
+
+
+def _namespace(config: Config, access: Access) -> str:
+    return config.kubernetes.namespace or os.environ.get("NAMESPACE") or access.namespace or "default"
 
 
 def _or_nan(value: float | None) -> float:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -31,6 +31,9 @@ POLICIES = ("picker", "weighted", "least-request", "round-robin", "random")
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A section of the file; its fields are its keys."""
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 class EndpointSpec(Part, frozen=True):
@@ -132,6 +135,20 @@ class ExactConfig(Part, frozen=True):
         return "bytes" if self.tokenizer or self.tokenizers else "off"
 
 
+class ElectionConfig(Part, frozen=True):
+    """Of several replicas one serves, the one that holds a Lease; the others know what it knows of endpoints, and wait.
+
+    lease: its name; null: the endpoint picker's for the pool. duration_s: how long it holds when nobody renews it,
+    whole seconds. renew_s: without success for so long a leader gives up. retry_s: between two tries.
+    """
+
+    enabled: bool = False
+    lease: str | None = None
+    duration_s: int = 15
+    renew_s: float = 10.0
+    retry_s: float = 2.0
+
+
 class KubernetesConfig(Part, frozen=True):
     """Endpoints from a Kubernetes API server, which is asked when none are given by hand.
 
@@ -139,6 +156,7 @@ class KubernetesConfig(Part, frozen=True):
     target_ports; services: whose EndpointSlices list the endpoints. namespace: null for $NAMESPACE, then the pod's own.
     kubeconfig, context: null for the pod's service account, then $KUBECONFIG. resync_s: from one list to the next of
     the same. silence_s: without a byte a watch is begun anew; API servers let a minute pass between two.
+    leader_election: one replica serves instead of all.
     """
 
     pools: list[str] = []
@@ -151,6 +169,7 @@ class KubernetesConfig(Part, frozen=True):
     context: str | None = None
     resync_s: float = 900.0
     silence_s: float = 75.0
+    leader_election: ElectionConfig = ElectionConfig()
 
     @property
     def wanted(self) -> bool:
@@ -470,14 +489,14 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     for key, value in changes.items():
         if value is None:
             continue
-        section, _, field = key.rpartition(".")
-        if section:
-            part = msgspec.structs.replace(getattr(config, section), **{field: value})
-            config = msgspec.structs.replace(config, **{section: part})
-        else:
-            config = msgspec.structs.replace(config, **{field: value})
+        config = _replaced(config, key, value)
     check(config)
     return config
+
+
+def _replaced(part: AnyPart, key: str, value: Any) -> AnyPart:
+    field, _, rest = key.partition(".")
+    return msgspec.structs.replace(part, **{field: _replaced(getattr(part, field), rest, value) if rest else value})
 
 
 def check(config: Config) -> None:
@@ -690,6 +709,7 @@ def _keys_at(where: str) -> list[str]:
         "profiles": ProfileSpec,
         "saturation": SaturationConfig,
         "kubernetes": KubernetesConfig,
+        "leader_election": ElectionConfig,
         "replicas": ReplicasConfig,
         "index": IndexConfig,
         "exact": ExactConfig,

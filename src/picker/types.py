@@ -265,6 +265,14 @@ class EndpointDraining:
     draining: bool = True
 
 
+class Sleep(enum.Enum):
+    """Whether an engine has been told to sleep, and whether its cache is gone with it."""
+
+    AWAKE = "awake"
+    LIGHT = "light"  # it stands still, its cache stays
+    DEEP = "deep"  # the memory of its cache is given back
+
+
 @dataclass(frozen=True, slots=True)
 class LoadObserved:
     """One scrape of one endpoint. A field the engine did not show is None: unknown is not zero.
@@ -274,6 +282,7 @@ class LoadObserved:
     queries, hits: the engine's prefix-cache counters, in tokens since its start.
     started_at: engine process start, unix seconds; a change means a restart with an empty cache.
     adapters: LoRA adapters active now (running or waiting). max_adapters: how many fit at once.
+    sleep: AWAKE again after another also means that it may be given requests.
     """
 
     name: str
@@ -288,6 +297,7 @@ class LoadObserved:
     started_at: float | None = None
     adapters: frozenset[str] | None = None
     max_adapters: int | None = None
+    sleep: Sleep | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,13 @@ FAULTS: dict[str, tuple[Callable[[Scene], object], str]] = {
 }
 
 
+async def test_who_may_hold_the_lease_of_an_election_may_not_too_much(scene: Scene) -> None:
+    scene.server.rights |= {("coordination.k8s.io", "leases", verb) for verb in ("get", "create", "update")}
+    assert (await scene.check("K8S-1.no-more"))["K8S-1.no-more"].outcome is Outcome.PASS
+    scene.server.rights.add(("coordination.k8s.io", "leases", "delete"))
+    assert (await scene.check("K8S-1.no-more"))["K8S-1.no-more"].outcome is Outcome.FAIL
+
+
 def test_the_rights_that_are_wanted_are_those_of_the_role_that_is_shipped() -> None:
     assert {tuple(right) for right in WANTED} == granted("rbac.yaml")
 

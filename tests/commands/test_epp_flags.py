@@ -43,11 +43,11 @@ def test_the_flags_of_a_chart_start_it_and_those_without_effect_say_so(
     assert call(*CHART).exit_code == 0
     config = started[0]
     assert (config.epp.pool_name, config.epp.pool_namespace) == ("qwen", "llm")
+    assert config.kubernetes.leader_election.enabled
     assert (config.epp.secure_serving, config.scrape.interval_s) == (False, 0.05)
     assert [scorer.weight for scorer in config.profiles[0].scorers] == [2.0, 2.0, 3.0]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line.partition(":")[0] for line in warned] == [
-        "--ha-enable-leader-election has no effect",
         "--zap-encoder has no effect",
     ]
 

@@ -29,6 +29,7 @@ from picker.types import (
     Request,
     ResponseStarted,
     ScrapeFailed,
+    Sleep,
     UInt64Array,
     Usage,
 )
@@ -518,6 +519,47 @@ def test_health_and_draining_take_an_endpoint_out_and_back_in() -> None:
         assert set(burst(subject, 4)) == {"a", "b"}
         for number in range(1000, 1004):
             subject.apply(Finished(number, 200), NOW)
+
+
+def test_an_engine_that_sleeps_gets_nothing_until_it_wakes() -> None:
+    subject = scheduler("a", "b")
+    for sleep in (Sleep.LIGHT, Sleep.DEEP):
+        subject.apply(load("a", sleep=sleep), NOW)
+        assert set(burst(subject, 4)) == {"b"}
+        for number in range(1000, 1004):
+            subject.apply(Finished(number, 200), NOW)
+        state = next(each for each in subject.snapshot(NOW) if each.name == "a")
+        assert (state.healthy, state.draining, state.asleep) == (True, True, True)
+        subject.apply(load("a", sleep=Sleep.AWAKE), NOW)
+        assert set(burst(subject, 4)) == {"a", "b"}
+        for number in range(1000, 1004):
+            subject.apply(Finished(number, 200), NOW)
+    assert list(subject.notices) == ["a sleeps", "a is awake again"] * 2
+
+
+def test_an_engine_that_wakes_while_it_is_drained_stays_drained_and_the_other_way_round() -> None:
+    subject = scheduler("a", "b")
+    subject.apply(load("a", sleep=Sleep.DEEP), NOW)
+    subject.apply(EndpointDraining("a"), NOW)
+    subject.apply(load("a", sleep=Sleep.AWAKE), NOW)
+    assert column(subject, "a", "draining")
+    subject.apply(load("a", sleep=Sleep.DEEP), NOW)
+    subject.apply(EndpointDraining("a", draining=False), NOW)
+    assert column(subject, "a", "draining")
+    subject.apply(load("a"), NOW)  # a page that does not say leaves it as it was
+    assert column(subject, "a", "draining")
+    subject.apply(load("a", sleep=Sleep.AWAKE), NOW)
+    assert not column(subject, "a", "draining")
+
+
+@pytest.mark.parametrize(("sleep", "kept"), [(Sleep.LIGHT, 8), (Sleep.DEEP, 0)])
+def test_what_a_deep_sleeper_had_cached_is_forgotten(sleep: Sleep, kept: int) -> None:
+    subject = scheduler("a", "b")
+    prompt = blocks(shared=8)
+    cached(subject, prompt, "a")
+    subject.apply(load("a", sleep=sleep), NOW)
+    subject.apply(load("a", sleep=Sleep.AWAKE), NOW)
+    assert decide(subject, request(1, prompt, subset=pinned("a"))).matched_blocks == kept
 
 
 def test_an_endpoint_that_answers_is_used_whatever_its_probes_say_until_its_first_fault() -> None:

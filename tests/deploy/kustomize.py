@@ -70,7 +70,9 @@ def _patch(folder: Path, patch: Json, found: list[Json]) -> None:
     change: Any = yaml.load(text, _LOADER)
     target = patch.get("target") or {"kind": change["kind"], "name": change["metadata"]["name"]}
     (place,) = [at for at, each in enumerate(found) if _is(each, target)]
-    if isinstance(change, list):
+    if isinstance(change, dict) and change.get("$patch") == "delete":
+        del found[place]
+    elif isinstance(change, list):
         for operation in change:
             _operate(found[place], operation)
     else:

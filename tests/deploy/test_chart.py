@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.rendered import CHART, ENGINES, KUBERNETES_VERSIONS, VALUES, Json, chart, deployment, helm, of, picker
+from deploy.rendered import (
+    CHART,
+    ENGINES,
+    KUBERNETES_VERSIONS,
+    VALUES,
+    Json,
+    chart,
+    deployment,
+    helm,
+    of,
+    picker,
+    problems,
+)
 from picker import __version__
 
 DEFAULTS: Json = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
@@ -155,6 +167,22 @@ def test_pods_by_labels_alone_as_the_older_standalone_chart_has_it() -> None:
 def test_flags_are_written_as_they_were_given(value: object, shown: str) -> None:
     found = chart(values(router__epp__flags={"some-flag": value}))
     assert f"--some-flag={shown}" in picker(found)["args"]
+
+
+@pytest.mark.parametrize("value", [True, "true", "T", 1])
+def test_with_an_election_one_serves_and_may_hold_its_lease(value: object) -> None:
+    found = chart(values(router__epp__flags={"ha-enable-leader-election": value}))
+    (role,) = of("Role", found)
+    verbs = {verb for rule in role["rules"] if rule["resources"] == ["leases"] for verb in rule["verbs"]}
+    assert verbs == {"get", "create", "update"}
+    assert deployment(found)["spec"]["strategy"] == {"type": "Recreate"}
+    assert of("PodDisruptionBudget", found) == []
+    assert [(each["kind"], wrong) for each in found for wrong in problems(each)] == []
+
+
+def test_without_an_election_nothing_may_be_written() -> None:
+    (role,) = of("Role", chart(values(router__epp__flags={"ha-enable-leader-election": False})))
+    assert {verb for rule in role["rules"] for verb in rule["verbs"]} == {"list", "watch"}
 
 
 def test_a_plugins_file_is_what_picker_reads() -> None:

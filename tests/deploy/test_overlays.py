@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deploy import kustomize
-from deploy.rendered import KUBERNETES, OVERLAYS, Json, kubectl, of, overlay, picker
+from deploy.rendered import KUBERNETES, OVERLAYS, Json, deployment, kubectl, of, overlay, picker, problems
 from picker.config import load_config
 from picker.envoy import CONTROL_PREFIXES, validate
 from picker.wire.extproc import CONTROL_HEADERS
@@ -55,6 +55,24 @@ def test_requests_go_from_the_gateway_by_the_route_to_the_pool(name: str) -> Non
     (backend,) = route["spec"]["rules"][0]["backendRefs"]
     assert (backend["group"], backend["kind"]) == ("inference.networking.k8s.io", "InferencePool")
     assert backend["name"] == pool["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_with_an_election_one_serves_and_may_hold_its_lease(name: str, tmp_path: Path) -> None:
+    component = KUBERNETES / "components" / "leader-election"
+    plan = {"namespace": "llm", "resources": [str(KUBERNETES / "overlays" / name)], "components": [str(component)]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(plan))
+    found = kustomize.render(tmp_path)
+    assert picker(found)["args"] == [*picker(overlay(name))["args"], "--ha-enable-leader-election"]
+    assert deployment(found)["spec"]["strategy"] == {"type": "Recreate"}
+    assert of("PodDisruptionBudget", found) == []
+    roles = {each["metadata"]["name"]: each["rules"] for each in of("Role", found)}
+    assert [(rule["resources"], set(rule["verbs"])) for rule in roles["picker-leader"]] == [
+        (["leases"], {"get", "create", "update"})
+    ]
+    bound = {each["roleRef"]["name"]: each["subjects"] for each in of("RoleBinding", found)}
+    assert bound["picker-leader"] == bound["picker"]
+    assert [(each["kind"], wrong) for each in found for wrong in problems(each)] == []
 
 
 def test_envoy_gateway_takes_control_headers_from_clients() -> None:

@@ -81,7 +81,7 @@ async def test_one_healthy_endpoint_makes_it_ready_whatever_its_scrapes_say() ->
     scheduler.apply(LoadObserved("b", observed_at=clock()), clock())
     clock.advance(2.5)
     detail = await get(runtime_of(scheduler, clock), "/readyz")
-    unsubscribed = {"kv_events": "off", "kv_events_reason": ""}
+    unsubscribed = {"kv_events": "off", "kv_events_reason": "", "asleep": False}
     assert detail == {
         "ready": True,
         "reason": "1 of 2 endpoints can serve",

@@ -9,6 +9,8 @@ After the API conventions and the watch cache of Kubernetes 1.3x:
 - lists in pages carry a token that belongs to the version of the first page, and expires with it
 - a list `NotOlderThan` a version from the future is answered 504 with the cause ResourceVersionTooLarge
 - bookmarks come every minute to those who allow them, and carry nothing but the kind and a version
+- objects may be created and replaced by requests, too; a version that is not the latest is a conflict (409), and a
+  Lease without one is refused (422): it cannot be written over unread
 - rights are asked for by posting reviews, about oneself or about whom one impersonates
 - kinds that are not installed are 404, what one may not do 403, without the right token 401, each as a Status
 """
@@ -33,6 +35,7 @@ Json = dict[str, Any]
 KINDS = {
     "/api/v1": {"pods": "Pod", "services": "Service"},
     "/apis/gateway.networking.k8s.io/v1": {"gateways": "Gateway", "httproutes": "HTTPRoute"},
+    "/apis/coordination.k8s.io/v1": {"leases": "Lease"},
     "/apis/discovery.k8s.io/v1": {"endpointslices": "EndpointSlice"},
     "/apis/inference.networking.k8s.io/v1": {"inferencepools": "InferencePool"},
     "/apis/inference.networking.x-k8s.io/v1alpha2": {
@@ -76,6 +79,7 @@ class ApiServer:
         self.tls: ssl.SSLContext | None = None
         self.token: str | None = None
         self.asked: list[tuple[str, dict[str, str]]] = []
+        self.wrote: list[tuple[str, str, int]] = []  # (method, path, status) of every object that came
         self.absent: set[str] = set()  # plurals, or groups with their version, that are not installed
         self.forbidden: set[str] = set()  # plurals
         self.rights: set[tuple[str, str, str]] = set()  # group, resource, verb, of whoever asks
@@ -193,6 +197,8 @@ class ApiServer:
         app.router.add_get("/version", self._say_version)
         app.router.add_post("/apis/authorization.k8s.io/v1/{review}", self._review)
         app.router.add_get("/{path:.*}", self._get)
+        app.router.add_post("/{path:.*}", self._write)
+        app.router.add_put("/{path:.*}", self._write)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self.tls)
@@ -204,18 +210,9 @@ class ApiServer:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.path, dict(request.query)))
-        if self.failing:
-            return self.failing.pop(0)
-        if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
-            return status(401, "Unauthorized", "Unauthorized")
-        group_version, _, plural = request.path.partition("/namespaces/")
-        plural, _, name = plural.partition("/")[2].partition("/")
-        if plural not in KINDS.get(group_version, {}) or self.absent & {plural, group_version}:
-            return status(404, "NotFound", "the server could not find the requested resource")
-        if plural in self.forbidden:
-            return status(
-                403, "Forbidden", f'{plural} is forbidden: User "system:serviceaccount:default:picker" cannot'
-            )
+        group_version, plural, name = _parts(request.path)
+        if (refusal := self._refusal(request, group_version, plural)) is not None:
+            return refusal
         if name:
             found = self._objects.get(request.path.rpartition("/")[0], {}).get(name)
             return (
@@ -229,6 +226,43 @@ class ApiServer:
             await self._open.wait()
             return await self._watch(request, request.path, matches)
         return self._list(request, request.path, KINDS[group_version][plural], matches)
+
+    def _refusal(self, request: web.Request, group_version: str, plural: str) -> web.Response | None:
+        if self.failing:
+            return self.failing.pop(0)
+        if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
+            return status(401, "Unauthorized", "Unauthorized")
+        if plural not in KINDS.get(group_version, {}) or self.absent & {plural, group_version}:
+            return status(404, "NotFound", "the server could not find the requested resource")
+        if plural in self.forbidden:
+            return status(
+                403, "Forbidden", f'{plural} is forbidden: User "system:serviceaccount:default:picker" cannot'
+            )
+        return None
+
+    async def _write(self, request: web.Request) -> web.Response:
+        value = await request.json()
+        answer = self._written(request, value)
+        self.wrote.append((request.method, request.path, answer.status))
+        return answer
+
+    def _written(self, request: web.Request, value: Json) -> web.Response:
+        group_version, plural, name = _parts(request.path)
+        if (refusal := self._refusal(request, group_version, plural)) is not None:
+            return refusal
+        meta, asked = value["metadata"], name or value["metadata"]["name"]
+        kept = self._objects.get(request.path if request.method == "POST" else request.path.rpartition("/")[0], {})
+        before = kept.get(asked)
+        if request.method == "POST" and before is not None:
+            return status(409, "AlreadyExists", f"{plural} {asked!r} already exists")
+        if request.method == "PUT" and before is None:
+            return status(404, "NotFound", f"{plural} {asked!r} not found")
+        if (problem := _invalid(value, before)) is not None:
+            return status(422, "Invalid", f"{plural} {asked!r} is invalid: {problem}")
+        if before is not None and meta["resourceVersion"] != before["metadata"]["resourceVersion"]:
+            words = "the object has been modified; please apply your changes to the latest version and try again"
+            return status(409, "Conflict", f"Operation cannot be fulfilled on {plural} {asked!r}: {words}")
+        return web.json_response(self.apply(group_version, plural, value), status=201 if before is None else 200)
 
     async def _say_version(self, request: web.Request) -> web.Response:
         return web.json_response({"major": "1", "minor": "35", "gitVersion": "v1.35.0"})
@@ -370,6 +404,28 @@ def _event(matches: Callable[[Json], bool], change: _Change) -> Json | None:
     assert gone is not None
     gone["metadata"]["resourceVersion"] = str(change.version)
     return {"type": "DELETED", "object": gone}
+
+
+def _parts(path: str) -> tuple[str, str, str]:
+    """Group with its version, plural, name."""
+    group_version, _, rest = path.partition("/namespaces/")
+    plural, _, name = rest.partition("/")[2].partition("/")
+    return group_version, plural, name
+
+
+def _invalid(value: Json, before: Json | None) -> str | None:
+    """What the validation of a Lease says; other kinds are not written by requests."""
+    if before is not None and not value["metadata"].get("resourceVersion"):
+        return "metadata.resourceVersion: Invalid value: 0x0: must be specified for an update"
+    spec = value.get("spec", {})
+    if spec.get("leaseDurationSeconds", 1) <= 0:
+        return "spec.leaseDurationSeconds: Invalid value: must be greater than 0"
+    if spec.get("leaseTransitions", 0) < 0:
+        return "spec.leaseTransitions: Invalid value: must be greater than or equal to 0"
+    for key in ("acquireTime", "renewTime"):
+        if key in spec and not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", spec[key]):
+            return f"spec.{key}: Invalid value: parsing time"
+    return None
 
 
 def _status(code: int, reason: str, message: str) -> Json:

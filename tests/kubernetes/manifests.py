@@ -13,6 +13,7 @@ OLD_POOLS = ("/apis/inference.networking.x-k8s.io/v1alpha2", "inferencepools")
 OBJECTIVES = ("/apis/llm-d.ai/v1alpha2", "inferenceobjectives")
 OLD_OBJECTIVES = ("/apis/inference.networking.x-k8s.io/v1alpha2", "inferenceobjectives")
 REWRITES = ("/apis/llm-d.ai/v1alpha2", "inferencemodelrewrites")
+LEASES = ("/apis/coordination.k8s.io/v1", "leases")
 
 DELETED_AT = "2026-11-21T11:00:00Z"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,24 @@ import yaml
 
 from kubernetes.api_server import serving
 from kubernetes.manifests import PODS, POOLS, SLICES, address, endpoint_slice, pod, pool
-from kubernetes.stage import following
+from kubernetes.stage import access_to, following, until
 from kubernetes.virtual_time import in_virtual_time
+from picker.sources.kubernetes.client import Client
+from picker.sources.kubernetes.credentials import Access
+from picker.sources.kubernetes.election import Election
 from picker.sources.kubernetes.scope import Scope
 
 FOLDER = Path(__file__).parent.parent.parent / "deploy" / "kubernetes" / "base"
+ELECTION = FOLDER.parent / "components" / "leader-election"
 Right = tuple[str, str, str]  # group, resource, verb
 
 
-def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8")))
+def documents(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((folder / name).read_text(encoding="utf-8")))
 
 
-def granted(name: str) -> set[Right]:
-    (role,) = [each for each in documents(name) if each["kind"] == "Role"]
+def granted(name: str, folder: Path = FOLDER) -> set[Right]:
+    (role,) = [each for each in documents(name, folder) if each["kind"] == "Role"]
     return {
         (group, resource, verb)
         for rule in role["rules"]
@@ -54,6 +60,28 @@ async def test_a_role_grants_what_is_asked_for_and_nothing_else(name: str, scope
             await asyncio.sleep(2)
             assert told.routable
             assert {right(*each) for each in server.asked} == granted(name)
+
+
+@in_virtual_time
+async def test_the_leaders_role_grants_what_an_election_asks_for_and_nothing_else() -> None:
+    verbs = {"GET": "get", "POST": "create", "PUT": "update"}
+    async with serving() as server:
+        await _lead_for_a_while(access_to(server), "a")
+        await _lead_for_a_while(access_to(server), "b")
+        asked = {(*right(*each)[:2], "get") for each in server.asked}
+        asked |= {(*right(path, {})[:2], verbs[method]) for method, path, _ in server.wrote}
+        shortened = {(group, what.partition("/")[0], verb) for group, what, verb in asked}
+        assert shortened == granted("rbac.yaml", ELECTION)
+
+
+async def _lead_for_a_while(access: Access, name: str) -> None:
+    connect, clock = partial(Client, access), asyncio.get_running_loop().time
+    election = Election(connect, "default", "l", name, clock=clock, rng=random.Random(1))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(election.run())
+        await until(lambda: election.leading, within=30)
+        await asyncio.sleep(5)
+        election.resign()
 
 
 def test_the_binding_binds_the_role_to_the_account() -> None:

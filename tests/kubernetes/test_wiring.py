@@ -12,14 +12,15 @@ import pytest
 import yaml
 
 from kubernetes.api_server import ApiServer, serving
-from kubernetes.manifests import OBJECTIVES, PODS, POOLS, objective, pod, pool
+from kubernetes.manifests import LEASES, OBJECTIVES, PODS, POOLS, objective, pod, pool
 from kubernetes.stage import until
 from kubernetes.virtual_time import in_virtual_time
 from picker.app import App
-from picker.commands.epp_serving import begun, build, serve_once_known
-from picker.config import Config, from_values
+from picker.commands.epp_serving import begun, build, leave_on, serve_once_known
+from picker.config import Config, from_values, override
 from picker.errors import ConfigError
 from picker.frontends.admin import _readiness
+from picker.frontends.extproc import ExtProc
 from picker.types import Decision, Finished, Request
 
 
@@ -125,6 +126,64 @@ async def test_a_replica_is_ready_to_serve_once_it_knows_the_endpoints(
             assert said == [False, True]
             begun(app, epp, 9002, 9003)
             assert said == [False, True]
+
+
+def of_readiness(epp: ExtProc, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What it says of its readiness, without what it says again."""
+    said = list[bool]()
+
+    def say(serving: bool) -> None:
+        if said[-1:] != [serving]:
+            said.append(serving)
+
+    monkeypatch.setattr(epp, "set_serving", say)
+    return said
+
+
+@in_virtual_time
+async def test_of_two_pickers_one_is_ready_until_it_is_told_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving() as server:
+        server.apply(*POOLS, pool())
+        server.apply(*PODS, pod("a", "127.0.0.1"))
+        settings = config(server, tmp_path, epp={"drain_delay_s": 5})
+        settings = override(settings, {"kubernetes.leader_election.enabled": True})
+        async with serve(settings) as one, serve(settings) as two, asyncio.TaskGroup() as group:
+            epps, leaving, stop = [build(one), build(two)], [asyncio.Event(), asyncio.Event()], asyncio.Event()
+            said = [of_readiness(epp, monkeypatch) for epp in epps]
+            tasks = []
+            for app, epp, leave in zip((one, two), epps, leaving, strict=True):
+                begun(app, epp, 9002, 9003)
+                tasks.append(group.create_task(serve_once_known(app, epp, leave)))
+                tasks.append(group.create_task(leave_on(leave, stop, app, epp)))
+                await until(lambda: one.leads)
+            assert said == [[False, True], [False]]
+            assert server.get(*LEASES, "epp-default-pool.llm-d.ai")["spec"]["holderIdentity"].count("_") == 1
+            assert "another" not in _readiness(one.runtime)["reason"]
+            await until(lambda: two.election is not None and two.election.report()["leader"])
+            detail = _readiness(two.runtime)
+            assert (detail["ready"], detail["reason"][:21]) == (False, "another replica leads")
+            assert detail["leader_election"]["leader"] == _readiness(one.runtime)["leader_election"]["identity"]
+            assert list(two.runtime.scheduler.snapshot(two.runtime.clock()))  # it watches, too
+            assert b"picker_leader 1.0" in one.telemetry.text()
+            assert b"picker_leader 0.0" in two.telemetry.text()
+            leaving[0].set()
+            await until(lambda: two.leads)
+            assert said == [[False, True, False], [False, True]]
+            assert "another" not in _readiness(two.runtime)["reason"]
+            for task in tasks:
+                task.cancel()
+
+
+def test_without_a_pool_the_lease_needs_a_name(tmp_path: Path) -> None:
+    wanted = {"selector": "app=vllm", "target_ports": [8000], "leader_election": {"enabled": True}}
+    (tmp_path / "k").write_text(
+        "{current-context: x, contexts: [{name: x, context: {cluster: x, user: x}}],"
+        " clusters: [{name: x, cluster: {server: 'http://h'}}]}"
+    )
+    with pytest.raises(ConfigError, match="without a pool the lease needs a name"):
+        App(from_values({"kubernetes": wanted | {"kubeconfig": str(tmp_path / "k")}}))
 
 
 async def test_endpoints_that_are_given_win(tmp_path: Path) -> None:

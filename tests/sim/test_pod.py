@@ -18,6 +18,8 @@ from picker.sim.engine import Policy
 from picker.sim.pod import Pod, open_pods, running_pods, serve_pods
 from picker.sim.pod_clock import PodClock
 from picker.sim.pod_options import Fault, MetricsFault, PodOptions
+from picker.types import Sleep
+from picker.wire.metrics_text import decode_metrics
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello there, pod."}]
@@ -59,6 +61,11 @@ class Client:
         _, page = await self.get("/metrics")
         families = text_string_to_metric_families(page)
         return sum(s.value for family in families for s in family.samples if s.name == f"vllm:{name}")
+
+    async def sleep(self) -> Sleep | None:
+        """What a scrape makes of it."""
+        _, page = await self.get("/metrics")
+        return decode_metrics(page.encode(), name="a", observed_at=0.0).sleep
 
 
 class Wall:
@@ -366,6 +373,34 @@ async def test_reset_empties_the_cache() -> None:
         await client.post(CHAT, chat(LONG))
         assert await client.post("/reset_prefix_cache", {}) == (200, {"success": True})
         assert await client.cached(CHAT, chat(LONG)) == 0
+
+
+async def test_a_pod_that_sleeps_says_so_lets_requests_wait_and_has_forgotten_when_it_wakes() -> None:
+    async with serving() as client:
+        await client.post(CHAT, chat(LONG))
+        assert await client.get("/is_sleeping") == (200, {"is_sleeping": False})
+        assert await client.post("/sleep", None) == (200, {"status": "sleeping", "level": 1})
+        assert await client.get("/is_sleeping") == (200, {"is_sleeping": True})
+        assert (await client.get("/health"))[0] == 200
+        assert await client.sleep() is Sleep.DEEP
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(client.cached(CHAT, chat(LONG)))
+            await until(lambda: bool(client.pod.in_flight))
+            assert not asked.done()
+            assert await client.post("/wake_up", None) == (200, {"status": "awake", "tags": None})
+        assert asked.result() == 0
+        assert await client.sleep() is Sleep.AWAKE
+
+
+@pytest.mark.parametrize(("level", "seen", "kept"), [(0, Sleep.LIGHT, True), (2, Sleep.DEEP, False)])
+async def test_how_deep_a_pod_sleeps_decides_what_it_keeps(level: int, seen: Sleep, kept: bool) -> None:
+    async with serving() as client:
+        await client.post(CHAT, chat(LONG))
+        await client.post(f"/sleep?level={level}", None)
+        assert await client.sleep() is seen
+        await client.post("/wake_up", None)
+        assert (await client.cached(CHAT, chat(LONG)) > 0) is kept
+        assert (await client.post("/sleep?level=3", None))[0] == 400
 
 
 async def test_tokenize_gives_the_ids_that_chat_uses_and_detokenize_their_text() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from picker.errors import WireError
-from picker.types import LoadObserved, ModelsObserved
+from picker.types import LoadObserved, ModelsObserved, Sleep
 from picker.wire.metrics_text import MetricsReader, decode_metrics, decode_models, scan_metrics
 
 STARTED_AT = 1795202416.27
@@ -85,6 +85,7 @@ class Page:
     )
     cache_config: dict[str, str] = field(default_factory=lambda: dict(CACHE_CONFIG))
     lora: list[tuple[dict[str, str], float]] = field(default_factory=list)
+    sleep: list[tuple[float, float, float]] = field(default_factory=list)
     started_at: float | None = STARTED_AT
     total: str = "_total"
 
@@ -108,6 +109,9 @@ class Page:
         for engine in self.engines:
             for reason, value in (("capacity", 97.0), ("deferred", 98.0)):
                 yield sample("vllm:num_requests_waiting_by_reason", value, self._labels(engine, reason=reason))
+        for engine, states in zip(self.engines, self.sleep, strict=False):
+            for state, value in zip(("awake", "weights_offloaded", "discard_all"), states, strict=True):
+                yield sample("vllm:engine_sleep_state", value, self._labels(engine, sleep_state=state))
         others = {"external_prefix_cache_queries": [7.0] * 2, "mm_cache_hits": [1.0] * 2, "prompt_tokens": [9.0] * 2}
         for name, values in {**self.counters, **others}.items():
             yield f"# HELP vllm:{name}_total In tokens.\n# TYPE vllm:{name}_total counter\n"
@@ -145,6 +149,36 @@ def load(text: bytes | str, rank: int | None = None) -> LoadObserved:
 
 
 # --- vLLM --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "sleep"),
+    [
+        ([], None),
+        ([(1.0, 0.0, 0.0)], Sleep.AWAKE),
+        ([(0.0, 0.0, 0.0)], Sleep.LIGHT),
+        ([(0.0, 1.0, 0.0)], Sleep.DEEP),
+        ([(0.0, 0.0, 1.0)], Sleep.DEEP),
+        ([(math.nan, 0.0, 1.0)], None),
+    ],
+)
+def test_an_engine_says_whether_it_sleeps_and_whether_its_cache_is_gone(
+    states: list[tuple[float, float, float]], sleep: Sleep | None
+) -> None:
+    assert decode_metrics(Page(sleep=states).text(), name="a", observed_at=1.0).sleep is sleep
+
+
+def test_of_several_ranks_each_sleeps_for_itself_and_together_the_deepest_counts() -> None:
+    page = scan_metrics(Page(engines=("0", "1"), sleep=[(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]).text())
+    shown = [page.load(name="a", observed_at=1.0, rank=rank).sleep for rank in (0, 1, None)]
+    assert shown == [Sleep.AWAKE, Sleep.DEEP, Sleep.DEEP]
+
+
+def test_a_reader_sees_an_engine_fall_asleep_and_wake() -> None:
+    reader, seen = MetricsReader(), []
+    for states in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)):
+        seen.append(reader.read(Page(sleep=[states]).text()).load(name="a", observed_at=1.0).sleep)
+    assert seen == [Sleep.AWAKE, Sleep.DEEP, Sleep.AWAKE]
 
 
 def test_a_full_page_gives_every_field() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import zmq.asyncio
 
 from picker.check import cluster_routing, sources
-from picker.check.cluster import WANTED, Cluster, at, listed, named, ports, unmet
+from picker.check.cluster import ALLOWED, WANTED, Cluster, at, listed, named, ports, unmet
 from picker.check.engine import Engine
 from picker.check.verdict import Check, Finding, Level, Outcome, Tier, failed, held, passed, skipped
 
@@ -32,7 +32,7 @@ async def sufficient(cluster: Cluster) -> Finding:
 
 async def no_more(cluster: Cluster) -> Finding:
     rights, whole = await cluster.rights()
-    beyond = sorted(str(right) for right in rights - set(WANTED))
+    beyond = sorted(str(right) for right in rights - ALLOWED)
     if beyond:
         return failed(f"{_who(cluster)} may also {_some(beyond)}")
     return passed() if whole else skipped("the API server does not know all of its rights (incomplete)")

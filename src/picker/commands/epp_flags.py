@@ -48,6 +48,7 @@ FLAGS = (
     Flag("--pool-group", key="kubernetes.group"),
     Flag("--endpoint-selector", key="kubernetes.selector"),
     Flag("--endpoint-target-ports", key="kubernetes.target_ports", many=True),
+    Flag("--ha-enable-leader-election", _SWITCH, key="kubernetes.leader_election.enabled"),
     Flag("--refresh-metrics-interval", key="scrape.interval_s"),
     Flag("--drain-timeout", key="drain_timeout_s"),
     Flag(
@@ -62,12 +63,6 @@ FLAGS = (
     Flag("--refresh-prometheus-metrics-interval", fine=("0", "0s"), why="metrics are computed when they are scraped"),
     Flag("--grpc-max-send-msg-size", why="what is sent is cut into pieces of 62,000 bytes"),
     # have none
-    Flag(
-        "--ha-enable-leader-election",
-        _SWITCH,
-        "every replica serves; with --peer or --peer-redis they share what they know",
-        fine=("false",),
-    ),
     Flag("--disable-endpoint-subset-filter", _SWITCH, "a subset hint always counts", fine=("false",)),
     Flag("--emit-endpoint-scores", _SWITCH, "scores are in /debug/decisions, not in metadata", fine=("false",)),
     Flag("--metrics-staleness-threshold", why="old values are shown with their age, not dropped"),
@@ -153,6 +148,8 @@ def configured(given: Mapping[str, str], pools: Sequence[str] = ()) -> dict[str,
 def _value(flag: Flag, text: str) -> Any:
     if flag.name == "--tls-min-version":
         return _tls_version(flag.name, text)
+    if flag.takes == _SWITCH:
+        return text == "true"
     if flag.name == "--endpoint-target-ports":
         return [_port(flag.name, each.strip()) for each in text.split(",")]
     return seconds(text, flag.name) if flag.key.endswith("_s") else text

@@ -18,6 +18,7 @@ from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.frontends.serving import listen, port_of
 from picker.gate import Gate
 from picker.metrics_compat import CompatMetrics
+from picker.sources.kubernetes.election import Election
 
 # Seconds that a decision may take beside waiting in the queue, whose own limit answers first.
 _BEYOND_THE_QUEUE = 5.0
@@ -30,7 +31,7 @@ async def serve(config: Config) -> None:
 
     async def ext_proc(stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
-            leave = group.create_task(_leave_on(leaving, stop, epp, config.epp.drain_delay_s))
+            leave = group.create_task(leave_on(leaving, stop, app, epp))
             following = group.create_task(follow(certificates))
             knowing = group.create_task(serve_once_known(app, epp, leaving))
             await epp.serve(
@@ -102,7 +103,7 @@ def _add_compat(app: App) -> None:
 
 def begun(app: App, epp: ExtProc, port: int, health: int | None) -> None:
     """It listens, but is not ready to serve before it knows the endpoints: a new replica must refuse nobody."""
-    if not app.informed:
+    if not (app.informed and app.leads):
         epp.set_serving(False)
     announce(app.config, port, health)
 
@@ -110,17 +111,35 @@ def begun(app: App, epp: ExtProc, port: int, health: int | None) -> None:
 async def serve_once_known(app: App, epp: ExtProc, leaving: asyncio.Event) -> None:
     if not app.informed:
         await app.get_informed()
-        epp.set_serving(not leaving.is_set())
+        epp.set_serving(app.leads and not leaving.is_set())
+    if app.election is not None:
+        await _serve_while_leading(app.election, epp, leaving)
+
+
+async def _serve_while_leading(election: Election, epp: ExtProc, leaving: asyncio.Event) -> None:
+    """Ready as long as this replica leads. What it is asked without is answered all the same: nobody is refused."""
+    moved = asyncio.Event()
+    election.on_change = lambda leading: moved.set()
+    while not leaving.is_set():
+        moved.clear()
+        if election.leading:
+            epp.set_serving(True)
+        else:
+            await epp.part(0.0)  # gateways that have gone on with their connections find the leader on new ones
+        await moved.wait()
 
 
 def announce(config: Config, port: int, health: int | None) -> None:
     click.echo(f"picker epp: ext-proc on {config.epp.host}:{port}, health on :{health}", err=True)
 
 
-async def _leave_on(leaving: asyncio.Event, stop: asyncio.Event, epp: ExtProc, delay: float) -> None:
-    """Told to go: nobody is refused before gateways have had time to notice."""
+async def leave_on(leaving: asyncio.Event, stop: asyncio.Event, app: App, epp: ExtProc) -> None:
+    """Told to go: nobody is refused before gateways have had time to notice, and another may lead at once."""
     await leaving.wait()
-    await epp.part(delay)
+    epp.set_serving(False)
+    if app.election is not None:
+        app.election.resign()
+    await epp.part(app.config.epp.drain_delay_s)
     stop.set()
     epp.shutdown()
 

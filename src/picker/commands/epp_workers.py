@@ -181,8 +181,14 @@ async def decide(orders: Orders, leaving: asyncio.Event) -> None:
     assert health is not None
     app, probes, stop = App(config, secret=orders.secret), Health(), asyncio.Event()
     desk = _desk(app, orders)
-    desk.on_workers = lambda count: probes.set_serving(bool(count) and not leaving.is_set())
-    frontends: list[Serve] = [partial(_at_the_desk, desk, bus, probes, health, leaving, config)]
+
+    def stand(_: object) -> None:
+        probes.set_serving(bool(desk.workers) and app.leads and not leaving.is_set())
+
+    desk.on_workers = stand
+    if app.election is not None:
+        app.election.on_change = stand
+    frontends: list[Serve] = [partial(_at_the_desk, desk, bus, probes, health, leaving, app)]
     if admin is not None:
         frontends.append(partial(Admin(app.runtime, token=config.admin.token).serve, admin))
     await app.run(frontends, stop)
@@ -202,12 +208,16 @@ async def _at_the_desk(
     probes: Health,
     health: socket.socket,
     leaving: asyncio.Event,
-    config: Config,
+    app: App,
     stop: asyncio.Event,
 ) -> None:
+    config = app.config
+
     async def leave() -> None:
         await leaving.wait()
         probes.set_serving(False)
+        if app.election is not None:
+            app.election.resign()
         if desk.workers:  # they serve on until gateways have had time to notice
             await asyncio.sleep(config.epp.drain_delay_s)
         stop.set()

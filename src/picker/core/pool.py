@@ -22,7 +22,9 @@ RECENT_S = 30.0  # how long ago a request still counts as recent, in the mean
 COLUMNS: dict[str, bool | int | float] = {
     "present": False,
     "healthy": True,  # what active probes say
-    "draining": False,
+    "draining": False,  # gets nothing new, for one of the two reasons that follow
+    "leaving": False,  # discovery or an operator says so
+    "asleep": False,
     "generation": 0,
     "added_at": NAN,
     # observed by scrapes
@@ -89,6 +91,8 @@ class Pool:
     present: BoolArray
     healthy: BoolArray
     draining: BoolArray
+    leaving: BoolArray
+    asleep: BoolArray
     generation: Int64Array
     added_at: FloatArray
     observed_at: FloatArray
@@ -235,6 +239,14 @@ class Pool:
 
     def active_adapter(self, adapter: str) -> BoolArray | None:
         return self._adapters.get(adapter)
+
+    def set_standing(self, row: int, *, leaving: bool | None = None, asleep: bool | None = None) -> None:
+        """Note why it is to get nothing new, or why not any more; None: as it was."""
+        if leaving is not None:
+            self.leaving[row] = leaving
+        if asleep is not None:
+            self.asleep[row] = asleep
+        self.draining[row] = self.leaving[row] | self.asleep[row]
 
     # charges
 

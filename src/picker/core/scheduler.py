@@ -68,6 +68,7 @@ from picker.types import (
     Request,
     ResponseStarted,
     ScrapeFailed,
+    Sleep,
     Usage,
 )
 
@@ -782,7 +783,7 @@ class Scheduler:
                     self._slow_start.begin(row, now)
                 self.pool.healthy[row] = healthy
             case EndpointDraining(draining=draining):
-                self.pool.draining[row] = draining
+                self.pool.set_standing(row, leaving=draining)
             case CacheCleared():
                 self.index.clear(row)
                 if self.exact is not None:
@@ -847,6 +848,8 @@ class Scheduler:
             pool.unreachable[row] = False
         if restarted:
             self._slow_start.begin(row, now)
+        if fact.sleep is not None:
+            self._sleeps(row, fact.sleep, now)
         if self._moves(row, fact):
             pool.stirred_at[row] = now
         pool.observed_at[row] = fact.observed_at
@@ -872,6 +875,19 @@ class Scheduler:
         if fact.adapters is not None:
             pool.set_adapters(row, fact.adapters)
             self.charges.adapters.known |= fact.adapters
+
+    def _sleeps(self, row: int, sleep: Sleep, now: float) -> None:
+        """An engine that sleeps is well and gets nothing new; of what it forgets nothing is believed."""
+        asleep = sleep is not Sleep.AWAKE
+        if sleep is Sleep.DEEP:  # each time: what was under way when it fell asleep may have been noted since
+            self.index.clear(row)
+            if self.exact is not None:
+                self.exact.apply(row, CacheCleared(self.pool.endpoint(row).name))
+        if asleep != self.pool.asleep.item(row):
+            self.pool.set_standing(row, asleep=asleep)
+            self.notices.append(f"{self.pool.endpoint(row).name} {'sleeps' if asleep else 'is awake again'}")
+            if not asleep:
+                self._slow_start.begin(row, now)
 
     def _moves(self, row: int, fact: LoadObserved) -> bool:
         """Whether the engine has done anything since the last look: its gauges are set at every step, and only then."""

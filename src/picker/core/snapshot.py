@@ -44,6 +44,7 @@ class EndpointState:
     predictions_under: int = 0
     prediction_error_tokens: float = 0.0
     labels: dict[str, str] = field(default_factory=dict)
+    asleep: bool = False
 
 
 def endpoint_state(
@@ -93,6 +94,7 @@ def endpoint_state(
         predictions_under=predictions.under,
         prediction_error_tokens=predictions.error,
         labels=dict(endpoint.labels),
+        asleep=bool(pool.asleep[row]),
     )
 
 

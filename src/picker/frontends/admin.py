@@ -144,20 +144,26 @@ class _Keyed:
 
 def _readiness(runtime: Runtime) -> dict[str, Any]:
     states = runtime.scheduler.snapshot(runtime.clock())
+    reports = {name: _plain(report()) for name, report in runtime.reports.items()}
     usable = sum(state.healthy and not state.draining for state in states)
+    waits = reports.get("leader_election", {}).get("leading") is False
     if runtime.draining or runtime.leaving:
         reason = "shutting down"
+    elif waits:
+        reason = "another replica leads, or will: this one does not"
     elif not states:
         reason = "no endpoint is known"
     elif not usable:
         reason = "every known endpoint is unhealthy or draining"
     else:
         reason = f"{usable} of {len(states)} endpoints can serve"
-    shown = ("name", "healthy", "draining", "scrape_age_s", "metrics_missing", "kv_events", "kv_events_reason")
+    shown = (
+        *("name", "healthy", "draining", "asleep", "scrape_age_s", "metrics_missing"),
+        *("kv_events", "kv_events_reason"),
+    )
     endpoints = [{name: _plain(getattr(state, name)) for name in shown} for state in states]
-    reports = {name: _plain(report()) for name, report in runtime.reports.items()}
     return {
-        "ready": bool(usable) and not (runtime.draining or runtime.leaving),
+        "ready": bool(usable) and not (runtime.draining or runtime.leaving or waits),
         "reason": reason,
         "endpoints": endpoints,
     } | reports

@@ -30,7 +30,7 @@ _DEFAULTS = (("queue-scorer", 2.0), ("kv-cache-utilization-scorer", 2.0), ("pref
 # Feature gates, now and formerly, and what each is here.
 _GATES = {
     "flowControl": "",
-    "haPopulateNonLeaderDatastore": "every replica of picker serves and has its own state",
+    "haPopulateNonLeaderDatastore": "every replica of picker follows the pool, whether it leads or not",
     "dataLayer": "the data layer is always on",
     "prepareDataPlugins": "what plugins need is always prepared",
 }

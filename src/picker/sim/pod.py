@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 import numpy as np
@@ -188,6 +189,9 @@ class Pod:
             ("POST", "/tokenize"): lambda r, reply: reply.send(200, pod_request.tokenize(r.body, self._serving)),
             ("POST", "/detokenize"): lambda r, reply: reply.send(200, pod_request.detokenize(r.body, self._serving)),
             ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
+            ("POST", "/sleep"): self._sleep,
+            ("POST", "/wake_up"): self._wake_up,
+            ("GET", "/is_sleeping"): self._is_sleeping,
             ("GET", "/_sim/fault"): self._show_fault,
             ("POST", "/_sim/fault"): self._change_fault,
             ("GET", "/_sim/clock"): self._show_clock,
@@ -222,6 +226,29 @@ class Pod:
     def _reset_prefix_cache(self, request: HttpRequest, reply: Reply) -> None:
         reset = [rank.reset_prefix_cache() for rank in self._ranks]
         reply.send(200, msgspec.json.encode({"success": all(reset)}))
+
+    def _sleep(self, request: HttpRequest, reply: Reply) -> None:
+        """Level 1 and 2 give the cache back. Requests, new ones too, stand still until it wakes, as with mode=keep."""
+        level = parse_qs(request.query).get("level", ["1"])[0]
+        if level not in ("0", "1", "2"):
+            raise WireError(f"level: {level!r} is not 0, 1 or 2", status=400, kind="BadRequestError")
+        for rank in self._ranks:
+            rank.metrics.sleep_level = int(level)
+            if level != "0":
+                rank.reset_prefix_cache()
+        reply.send(200, msgspec.json.encode({"status": "sleeping", "level": int(level)}))
+
+    def _wake_up(self, request: HttpRequest, reply: Reply) -> None:
+        slept = self.hung
+        for rank in self._ranks:
+            rank.metrics.sleep_level = None
+        if slept and not self.hung:
+            self._resume()
+        tags = parse_qs(request.query).get("tags")
+        reply.send(200, msgspec.json.encode({"status": "awake", "tags": tags}))
+
+    def _is_sleeping(self, request: HttpRequest, reply: Reply) -> None:
+        reply.send(200, msgspec.json.encode({"is_sleeping": self.metrics.sleep_level is not None}))
 
     def _event_sources(self, request: HttpRequest, reply: Reply) -> None:
         sources = {str(number): publisher.source for number, publisher in enumerate(self._publishers)}
@@ -354,7 +381,7 @@ class Pod:
 
     @property
     def hung(self) -> bool:
-        return self.fault.hang
+        return self.fault.hang or self.metrics.sleep_level is not None
 
     @property
     def next_arrival(self) -> float | None:
@@ -425,7 +452,7 @@ class Pod:
         reply.send(200, msgspec.json.encode(shown))
 
     def _change_fault(self, request: HttpRequest, reply: Reply) -> None:
-        hung = self.fault.hang
+        hung = self.hung
         try:
             change = msgspec.json.decode(request.body or b"{}", type=FaultChange)
             fault, of_events = change.applied_to(self.fault), self._event_faults(change)
@@ -436,7 +463,7 @@ class Pod:
             rank.engine.slow_down(fault.slowdown)
         for publisher, wrong in zip(self._publishers, of_events, strict=False):
             publisher.misbehave(wrong)
-        if hung and not self.fault.hang:
+        if hung and not self.hung:
             self._resume()
         self._show_fault(request, reply)
         if change.restart or change.down_s:

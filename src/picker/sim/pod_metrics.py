@@ -120,8 +120,8 @@ class Histogram:
 class PodMetrics:
     """What one pod counts beside its engine, and the page of it all.
 
-    model: first served name. started_at: unix seconds. Durations are observed in virtual seconds, as the engine has
-    them: a pod at ten times the speed shows the latencies of the pod it stands for.
+    model: first served name. started_at: unix seconds. sleep_level: None while it is awake. Durations are observed in
+    virtual seconds, as the engine has them: a pod at ten times the speed shows the latencies of the pod it stands for.
     """
 
     def __init__(self, engine: Engine, model: str, started_at: float) -> None:
@@ -129,6 +129,7 @@ class PodMetrics:
         self._labels = {"engine": "0", "model_name": model}
         self._started_at = started_at
         self.rejections = 0
+        self.sleep_level: int | None = None
         self._http: Counter[tuple[str, str, str]] = Counter()
         self._lora_seen: dict[str, float] = {}
         self._running = self._gauge("num_requests_running")
@@ -220,7 +221,8 @@ class PodMetrics:
         yield self._waiting.render(gauges.waiting)
         yield self._waiting_by_reason.render(gauges.waiting - gauges.deferred, gauges.deferred)
         yield self._kv_usage.render(gauges.kv_usage)
-        yield self._sleep_state.render(1.0, 0.0, 0.0)
+        level = self.sleep_level
+        yield self._sleep_state.render(float(level is None), float(level == 1), float(level == 2))
 
     def _counters(self) -> Iterator[str]:
         counters, cached = self._engine.counters, self._engine.counters.cached_tokens

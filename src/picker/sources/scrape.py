@@ -224,6 +224,7 @@ class ScrapeSource:
         "started_at",
         "adapters",
         "max_adapters",
+        "sleep",
         "models",
         "healthy",
     )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from picker.errors import WireError
-from picker.types import LoadObserved, ModelsObserved
+from picker.types import LoadObserved, ModelsObserved, Sleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class EngineNames:
     prefix is common to all names. rank_label: the label with the data-parallel rank; a series without it is rank 0.
     queries, hits: counters in tokens. block_queries: older names whose unit depends on the release (see `_in_tokens`).
     block_size, blocks, capacity: gauges. info: a series whose labels carry the same three as text.
-    spare_blocks: blocks in the count that never hold a token.
+    spare_blocks: blocks in the count that never hold a token. sleep: a series for each state, 1 where it holds; with
+    none that holds the engine stands still and keeps its cache.
     """
 
     prefix: str
@@ -45,6 +46,7 @@ class EngineNames:
     info_capacity: str = ""
     spare_blocks: int = 0
     adapters: str = ""
+    sleep: str = ""
     created: tuple[str, ...] = ()
 
     def series(self) -> Iterator[str]:
@@ -52,7 +54,7 @@ class EngineNames:
             yield from names
         for names in (self.blocks, self.capacity, self.created):
             yield from names
-        yield from (name for name in (self.info, self.adapters) if name)
+        yield from (name for name in (self.info, self.adapters, self.sleep) if name)
 
 
 VLLM = EngineNames(
@@ -75,6 +77,7 @@ VLLM = EngineNames(
     info_capacity="kv_cache_size_tokens",  # hybrid models hold far less than blocks x block size
     spare_blocks=1,  # the null block
     adapters="lora_requests_info",
+    sleep="engine_sleep_state",
     created=("prefix_cache_queries_created", "gpu_prefix_cache_queries_created", "prompt_tokens_created"),
 )
 
@@ -139,6 +142,7 @@ class MetricsPage:
     adapters: frozenset[str] | None
     max_adapters: int | None
     process_started_at: float | None
+    sleep: Mapping[int, Mapping[str, float | None]]
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -166,7 +170,14 @@ class MetricsPage:
             started_at=self._started_at(rank),
             adapters=self.adapters,
             max_adapters=self.max_adapters,
+            sleep=self._sleep(rank),
         )
+
+    def _sleep(self, rank: int | None) -> Sleep | None:
+        """Of all ranks together it is the deepest."""
+        shown = self.sleep.values() if rank is None else [self.sleep.get(rank, {})]
+        found = {_sleep_of(states) for states in shown}
+        return next((each for each in (Sleep.DEEP, Sleep.LIGHT, Sleep.AWAKE) if each in found), None)
 
     def _of(self, names: tuple[str, ...], rank: int | None) -> list[float | None]:
         """The values of the first of these series that the page shows, of one rank or of all."""
@@ -315,6 +326,7 @@ def _collect(
     info: dict[int, Mapping[str, str]] = {}
     adapters: list[tuple[float, Mapping[str, str]]] = []
     started = None
+    sleep: dict[int, dict[str, float | None]] = {}
     for raw_name, raw_labels, raw_value in found:
         name, value = raw_name.decode(), _number(raw_value)
         shown_rank = rank_pattern.search(raw_labels)
@@ -323,6 +335,8 @@ def _collect(
             started = value
         elif name == engine.adapters:
             adapters.append((value or 0.0, _labels(raw_labels)))
+        elif name == engine.sleep:
+            sleep.setdefault(rank, {})[_labels(raw_labels).get("sleep_state", "")] = value
         elif name == engine.info:
             info[rank] = _labels(raw_labels)
         elif _in_tokens(name, page):
@@ -337,7 +351,17 @@ def _collect(
         adapters=None if newest is None else _adapters(newest),
         max_adapters=None if newest is None else _whole(_number(newest.get("max_lora"))),
         process_started_at=started,
+        sleep=sleep,
     )
+
+
+def _sleep_of(states: Mapping[str, float | None]) -> Sleep | None:
+    """vLLM's levels: 0 pauses the engine, 1 offloads its weights, 2 discards them; from 1 on the cache is gone."""
+    if states.get("awake") is None:
+        return None
+    if states["awake"]:
+        return Sleep.AWAKE
+    return Sleep.DEEP if states.get("weights_offloaded") or states.get("discard_all") else Sleep.LIGHT
 
 
 def _larger(one: float | None, other: float | None) -> float | None:

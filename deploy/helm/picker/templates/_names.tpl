@@ -21,6 +21,12 @@ labels:
   {{- include "picker.labels" . | nindent 2 }}
 {{- end -}}
 
+{{/* "true" where one replica serves and the others wait, else nothing. */}}
+{{- define "picker.elects" -}}
+{{- $flags := (include "picker.router" . | fromYaml).epp.flags | default dict -}}
+{{- if has (get $flags "ha-enable-leader-election" | toString | lower) (list "true" "t" "1") }}true{{ end -}}
+{{- end -}}
+
 {{/* The file that picker reads, in /config. */}}
 {{- define "picker.file" -}}
 {{- $router := include "picker.router" . | fromYaml -}}

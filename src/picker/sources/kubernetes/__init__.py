@@ -9,5 +9,7 @@
 | `credentials` | where the API server is and what to say to be let in |
 | `client` | requests to it, and errors in plain words |
 | `reflector` | a copy of one collection, kept by list and watch |
+| `leases` | what a Lease says and what to write into one; pure |
+| `election` | which of several replicas holds it |
 | `source` | all of it together, and how old it is |
 """

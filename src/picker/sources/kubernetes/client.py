@@ -92,7 +92,12 @@ class Client:
         user: headers in whose name to ask, for who may impersonate.
         """
         headers = [(name, value) for name, values in (user or {}).items() for value in values]
-        async with self._answer(path, {}, self._timeout, body=body, headers=headers) as response:
+        async with self._answer(path, {}, self._timeout, method="POST", body=body, headers=headers) as response:
+            return await response.read()
+
+    async def write(self, method: str, path: str, body: bytes) -> bytes:
+        """The object as it is kept once it was created (POST) or replaced (PUT). Raises ApiError, 409: a conflict."""
+        async with self._answer(path, {}, self._timeout, method=method, body=body) as response:
             return await response.read()
 
     @asynccontextmanager
@@ -111,10 +116,11 @@ class Client:
         query: Mapping[str, str],
         timeout: aiohttp.ClientTimeout,
         *,
+        method: str = "GET",
         body: bytes | None = None,
         headers: Sequence[tuple[str, str]] = (),
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        ask = partial(self._ask, path, query, timeout, body, headers)
+        ask = partial(self._ask, method, path, query, timeout, body, headers)
         try:
             response = await ask(renew=False)
             if response.status == 401:  # a token may have been replaced a moment ago
@@ -131,6 +137,7 @@ class Client:
 
     async def _ask(
         self,
+        method: str,
         path: str,
         query: Mapping[str, str],
         timeout: aiohttp.ClientTimeout,
@@ -148,7 +155,7 @@ class Client:
         if body is not None:
             headers["Content-Type"] = "application/json"
         return await self._session.request(
-            "GET" if body is None else "POST",
+            method,
             URL(self._access.url + path).with_query(dict(query)),
             data=body,
             headers=headers,
