@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from picker.core.cost_few import CERTAIN, LOGISTIC
+from picker.core.cost_few import CERTAIN, LOGISTIC, ROOMY
 from picker.core.shares import shares
 from picker.core.view import PoolView
 from picker.types import FloatArray, Int64Array, Request
@@ -77,11 +77,17 @@ class CostModel:
             "neighbours": own * inflight * weight,
             "decoding": (weight * answer * learned.step_floor) / decode_speed,
             "memory": memory * arrivals * free,
-            "stall": np.maximum(0.0, silence - view.awaited * (2.0 / speed) - self.stall_grace),
+            "stall": self._stall(view, silence, speed),
         }
         if view.adapter is not None:
             terms["adapter"] = self._slot(view, view.adapter, prefill + decode)
         return terms
+
+    def _stall(self, view: PoolView, silence: FloatArray, speed: FloatArray) -> FloatArray:
+        """Silence beyond what the prefills there should take."""
+        if not np.count_nonzero(silence > self.stall_grace):  # which is the rule
+            return np.zeros(view.n)
+        return np.maximum(0.0, silence - view.awaited * (2.0 / speed) - self.stall_grace)
 
     def _queue(self, view: PoolView, booked: FloatArray, prefilling: Int64Array, silence: FloatArray) -> FloatArray:
         """Seconds of prefill ahead: what we booked, less its head's progress, and what others have waiting there."""
@@ -119,11 +125,15 @@ class CostModel:
             return np.zeros(view.n), np.zeros(view.n)
         prompt, inflight = view.prompt_tokens - view.shared, view.inflight
         held = view.pinned + inflight * (answer / 2.0)
-        room = np.maximum(0.0, held + prompt - capacity) / np.maximum(held, 1.0) * decode
-        filled = np.maximum(held + prompt + answer, 1.0)
-        spare = np.minimum((capacity - filled) * np.sqrt(inflight + 1.0) / filled, CERTAIN)
-        full = 1.0 / (1.0 + np.exp(LOGISTIC * np.maximum(spare, -CERTAIN)))
-        return room, (prompt + answer) / capacity * holding * holding * full
+        needed = held + prompt
+        filled = np.maximum(needed + answer, 1.0)
+        spare = (capacity - filled) * np.sqrt(inflight + 1.0) / filled
+        taken = (prompt + answer) / capacity * holding * holding
+        if not np.count_nonzero(spare < CERTAIN):  # no cache is near its end, so there is room everywhere
+            return np.zeros(view.n), taken * ROOMY
+        room = np.maximum(0.0, needed - capacity) / np.maximum(held, 1.0) * decode
+        full = 1.0 / (1.0 + np.exp(LOGISTIC * np.clip(spare, -CERTAIN, CERTAIN)))
+        return room, taken * full
 
 
 def _drawn(recent: FloatArray, free: FloatArray, tied: float) -> FloatArray:

@@ -25,7 +25,7 @@ CERTAIN = 15.0  # standard deviations
 NAMES = ("queue", "prefill", "followers", "neighbours", "decoding", "memory", "stall")
 
 # numpy's exponential function differs from the C library's now and then in the last bit: here it is always numpy's.
-_ROOMY = (1.0 / (1.0 + np.exp(np.array([LOGISTIC * CERTAIN])))).item()
+ROOMY = (1.0 / (1.0 + np.exp(np.array([LOGISTIC * CERTAIN])))).item()
 _Row = tuple[float, ...]
 
 
@@ -125,7 +125,7 @@ def rank_few(model: Constants, view: PoolView) -> tuple[FloatArray, Terms]:
             if spare < CERTAIN:
                 tails.append((len(rows), LOGISTIC * max(spare, -CERTAIN)))
             else:
-                memory = memory * _ROOMY * arrivals * share
+                memory = memory * ROOMY * arrivals * share
         followers = own * (2.0 * queue + own) * crowd
         rows.append((queue, prefill, followers, own * requests * weight, floor / decode_speed, memory, stall))
     if tails:
