@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shlex
-import socket
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import click
 
 from picker import envoy
 from picker.bench import machine
-from picker.children import supervised
+from picker.children import free_ports, supervised
 
 Row = dict[str, Any]
 
@@ -57,7 +56,7 @@ class Replica:
     """A `picker epp` that can be killed and started anew on the same ports."""
 
     def __init__(self, folder: Path, name: str, flags: list[str]) -> None:
-        self.grpc, self.health, self.peer = free_port(), free_port(), free_port()
+        self.grpc, self.health, self.peer = free_ports(3)
         self.admin = ""
         self._name, self._flags = name, flags
         self._log = folder / f"{name}.log"
@@ -230,12 +229,6 @@ def share(known: dict[str, int], wanted: dict[str, int]) -> float:
     """How much of what one believes to be cached another does, endpoint by endpoint."""
     every = sum(wanted.values())
     return sum(min(known.get(name, 0), blocks) for name, blocks in wanted.items()) / every if every else 1.0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @click.command(help=__doc__)

@@ -7,7 +7,6 @@ the load generator can do by itself, and the baseline of the added latencies.
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from picker.bench.cputime import rss_bytes
 from picker.bench.figures import added, row_figures
 from picker.bench.placement import Cores, pinned, placement
 from picker.bench.upstream import Upstream
-from picker.children import Child, ChildFailedError, Children, supervised
+from picker.children import Child, ChildFailedError, Children, free_ports, supervised
 
 DIRECT = "direct"
 PICKER = "picker"
@@ -151,7 +150,7 @@ async def _start_picker(children: Children, upstream: Upstream, first: Case, cor
 
 
 async def _start_peer(children: Children, name: str, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
-    port, metrics_port = _free_ports(2)
+    port, metrics_port = free_ports(2)
     command = peers.installed()[name] + peers.flags(upstream.urls, port=port, metrics_port=metrics_port)
     with pinned(cores):
         child = await children.start(name, *command)
@@ -172,12 +171,3 @@ async def _works(name: str, upstream: Upstream, first: Case, warn: Callable[[str
         warn(f"{name} is left out: {error}")
         return False
     return True
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, for programs that cannot choose one by themselves."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
