@@ -80,8 +80,7 @@ async def pinned(rig: Rig) -> Finding:
     """To one, two and three endpoints, told apart by their ports alone."""
     for size in range(1, len(rig.pods.all) + 1):
         allowed = rig.pods.addresses[:size]
-        # Few at once: a single endpoint takes them, and a picker hears late that one has ended.
-        answers = await crowd(_PINNED, lambda _, allowed=allowed: rig.post(subset=allowed), at_once=4)  # type: ignore[misc]
+        answers = await crowd(_PINNED, lambda _, allowed=allowed: rig.post(subset=allowed))  # type: ignore[misc]
         if violation := unserved(answers):
             return failed(f"with {size} allowed, {violation}")
         if outside := {got.pod for got in answers} - set(allowed):

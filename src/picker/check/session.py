@@ -32,11 +32,12 @@ _START = 30.0
 # Seconds for a picker to say its first word.
 _MEET = 3.0
 
-# picker's own, when it is started to be checked: small enough to be overloaded, quick to notice what happens.
+# picker's own, when it is started to be checked: small enough to be overloaded, quick to notice what happens. The queue
+# takes what a check sends to a single endpoint at once: on a busy machine picker hears late that a request has ended.
 SELF_OVERLOAD = 64
 SELF_MAX_BODY = 1_000_000
 _SELF_CONFIG = f"""
-queue: {{max_inflight: 8, size: 4, timeout_s: 1.0}}
+queue: {{max_inflight: 8, size: 16, timeout_s: 1.0}}
 limits: {{max_body_bytes: {SELF_MAX_BODY}}}
 scrape: {{interval_s: 0.2, timeout_s: 0.5}}
 """
