@@ -132,8 +132,8 @@ def test_work_pins_and_decoding_are_released_as_exactly_as_they_are_booked() -> 
     def columns() -> list[int]:
         return [int(column[0]) for column in (made.work, made.pinned, made.decoding)]
 
-    charges.book(charge(made, 1, held=Hold((11, 12), (200, 50), 50)), expected_s=1.0)
-    charges.book(charge(made, 2, tokens=7, context=209, held=Hold((11,), (200,), 9)), expected_s=1.0)
+    charges.book(charge(made, 1, held=Hold((11, 12), (4, 5), 50.0, 300.0)), expected_s=1.0)
+    charges.book(charge(made, 2, tokens=7, context=209, held=Hold((11,), (4,), 50.0, 209.0)), expected_s=1.0)
     assert columns() == [107_000, 309, 0]
     charges.first_token(1, NOW)
     assert columns() == [7_000, 309, 300]
@@ -147,7 +147,7 @@ def test_work_pins_and_decoding_are_released_as_exactly_as_they_are_booked() -> 
 def test_what_an_endpoint_that_left_held_is_not_given_back_to_who_has_its_row() -> None:
     made = pool(a=0)
     charges = Charges(made)
-    both = Hold((11, 12), (200, 50), 50)
+    both = Hold((11, 12), (4, 5), 50.0, 300.0)
     charges.book(charge(made, 1, held=both), expected_s=1.0)
     made.remove(0)
     charges.pins.clear(0)

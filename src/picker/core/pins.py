@@ -1,14 +1,13 @@
 """How much of each endpoint's KV cache the requests in flight hold: what several of them share counts once.
 
 What is shared is found at marks, positions that lie a sixteenth of the way apart: the hash of a block stands for all
-that leads to it, so a prompt of any length costs a few dozen look-ups; what is shared is at most a sixteenth more.
+that leads to it, so a prompt of any length has a few dozen; what is shared is at most a sixteenth more. Marks that have
+always been held together are one piece of a radix tree, and cost one look-up however many they are.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,14 +20,25 @@ MARKS = 16  # pieces of a prompt, about
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What one request holds where it runs, the pieces of its prompt from mark to mark.
+    """What one request holds where it runs.
 
-    keys: hashes at the marks. tokens: of each piece. rest: tokens after the last mark, which it shares with nobody.
+    keys: hashes at the marks. ends: blocks up to each mark, ascending. block_tokens, prompt_tokens: tokens of a block,
+    and of all of the prompt.
     """
 
     keys: tuple[int, ...] = ()
-    tokens: tuple[int, ...] = ()
-    rest: int = 0
+    ends: tuple[int, ...] = ()
+    block_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+
+    def upto(self, marks: int) -> int:
+        """Tokens up to so many marks."""
+        return int(min(self.ends[marks - 1] * self.block_tokens, self.prompt_tokens)) if marks else 0
+
+    @property
+    def rest(self) -> int:
+        """Tokens after the last mark, which it shares with nobody."""
+        return max(0, round(self.prompt_tokens) - self.upto(len(self.keys)))
 
 
 NOTHING = Hold()
@@ -37,40 +47,78 @@ NOTHING = Hold()
 def hold(block_hashes: UInt64Array, block_tokens: float, prompt_tokens: float) -> Hold:
     """What a prompt of so many tokens will hold; block_hashes: (b,) chained, each of block_tokens."""
     if not block_hashes.size:
-        return Hold(rest=round(prompt_tokens))
+        return Hold(prompt_tokens=prompt_tokens)
     marks, ends = _marks(block_hashes.size)
-    if marks is None:  # a handful of numbers, for which plain Python is faster than arrays
-        reached = [int(min(end * block_tokens, prompt_tokens)) for end in ends.tolist()]
-        keys = block_hashes
-    else:
-        reached = np.minimum(ends * block_tokens, prompt_tokens).astype(np.int64).tolist()
-        keys = block_hashes[marks]
-    tokens = tuple(map(operator.sub, reached, [0, *reached]))
-    return Hold(tuple(keys.tolist()), tokens, max(0, round(prompt_tokens) - reached[-1]))
+    keys = block_hashes if marks is None else block_hashes[marks]
+    return Hold(tuple(keys.tolist()), ends, block_tokens, prompt_tokens)
 
 
 @functools.lru_cache(maxsize=4096)
-def _marks(blocks: int) -> tuple[Int64Array | None, Int64Array]:
+def _marks(blocks: int) -> tuple[Int64Array | None, tuple[int, ...]]:
     """Positions within so many blocks, ever further apart, None for all of them; and the blocks up to each."""
     marks, at = [], 0
     while at < blocks:
         marks.append(at)
         at += 1 + at // MARKS
     positions = None if len(marks) == blocks else np.array(marks, dtype=np.int64)
-    return positions, np.array(marks, dtype=np.int64) + 1
+    return positions, tuple([mark + 1 for mark in marks])
+
+
+class _Share:
+    """One row's part in a piece: how many hold it there, and between which marks of whose prompt its tokens count."""
+
+    __slots__ = ("begin", "count", "end", "first")
+
+    def __init__(self, first: Hold, begin: int, end: int, count: int = 1) -> None:
+        self.first = first
+        self.begin = begin
+        self.end = end
+        self.count = count
+
+    @property
+    def tokens(self) -> int:
+        return self.first.upto(self.end) - self.first.upto(self.begin)
+
+    def split(self, at: int) -> _Share:
+        """Give away what lies behind so many of its marks."""
+        lower = _Share(self.first, self.begin + at, self.end, self.count)
+        self.end = self.begin + at
+        return lower
+
+
+class _Piece:
+    """Marks that whoever holds one of them holds all of. rows: as bits, who does. children: by their first keys."""
+
+    __slots__ = ("children", "keys", "rows", "shares")
+
+    def __init__(self, keys: tuple[int, ...]) -> None:
+        self.keys = keys
+        self.rows = 0
+        self.shares: dict[int, _Share] = {}
+        self.children: dict[int, _Piece] = {}
+
+    def split(self, at: int) -> None:
+        """Cut it in two after so many marks; this one stays the upper."""
+        lower = _Piece(self.keys[at:])
+        lower.rows, lower.children = self.rows, self.children
+        lower.shares = {row: share.split(at) for row, share in self.shares.items()}
+        self.keys, self.children = self.keys[:at], {lower.keys[0]: lower}
+
+    def leave(self, row: int) -> int:
+        """The row holds it no more; returns the tokens that were counted for it."""
+        self.rows ^= 1 << row
+        return self.shares.pop(row).tokens
 
 
 class Pins:
     """Who holds which pieces. A row gives a piece back when the last of its requests that held it has ended."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, int] = {}  # by key: rows, as bits
-        self._tokens: dict[tuple[int, int], int] = {}  # by key and row: what was counted for the piece
-        self._further: Counter[tuple[int, int]] = Counter()  # by key and row: holders beyond the first
+        self._root = _Piece(())
 
     def __len__(self) -> int:
-        """Pieces held, each once for every row."""
-        return len(self._tokens)
+        """Marks held, each once for every row."""
+        return sum(len(piece.keys) * piece.rows.bit_count() for piece in _below(self._root))
 
     def shared(self, wanted: Hold, rows: int) -> FloatArray:
         """(rows,) leading tokens of a prompt that requests in flight hold there already."""
@@ -81,56 +129,80 @@ class Pins:
 
     def shared_by(self, wanted: Hold, rows: int) -> Iterable[tuple[int, int]]:
         """(row, the same) of those of these rows, as bits, that hold any; minus one: of all."""
-        holders, tokens, found = rows, 0, []
-        for key, size in zip(wanted.keys, wanted.tokens, strict=True):
-            still = self._rows.get(key, 0) & holders
+        keys, piece, at, holders = wanted.keys, self._root, 0, rows
+        found: list[tuple[int, int]] = []
+        while at < len(keys):
+            below = piece.children.get(keys[at])
+            still = 0 if below is None else below.rows & holders
             if still != holders:
-                if tokens:
+                if at:
+                    tokens = wanted.upto(at)
                     found += [(row, tokens) for row in _members(holders ^ still)]
                 holders = still
-                if not still:
-                    return found
-            tokens += size
-        if tokens:
-            found += [(row, tokens) for row in _members(holders)]
+            if below is None or not still:
+                return found
+            piece, same = below, _same(below.keys, keys, at)
+            at += same
+            if same < len(below.keys):
+                break
+        tokens = wanted.upto(at)
+        found += [(row, tokens) for row in _members(holders)]
         return found
 
     def take(self, row: int, held: Hold) -> int:
         """Hold it in this row; returns the tokens that nobody held there before."""
-        bit, new = 1 << row, held.rest
-        for key, size in zip(held.keys, held.tokens, strict=True):
-            rows = self._rows.get(key, 0)
-            if rows & bit:
-                self._further[key, row] += 1
+        keys, piece, at, new = held.keys, self._root, 0, held.rest
+        while at < len(keys):
+            above, piece = piece, piece.children.get(keys[at]) or _Piece(keys[at:])
+            if not piece.rows:
+                above.children[keys[at]] = piece
+            if (same := _same(piece.keys, keys, at)) < len(piece.keys):
+                piece.split(same)
+            if (share := piece.shares.get(row)) is not None:
+                share.count += 1
             else:
-                self._rows[key] = rows | bit
-                self._tokens[key, row] = size
-                new += size
+                piece.rows |= 1 << row
+                piece.shares[row] = share = _Share(held, at, at + same)
+                new += share.tokens
+            at += same
         return new
 
     def give_back(self, row: int, held: Hold) -> int:
         """End what `take` began; returns the tokens that nobody holds there any more."""
-        freed = held.rest
-        for key in held.keys:
-            if self._further.get((key, row)):
-                self._further[key, row] -= 1
-                if not self._further[key, row]:
-                    del self._further[key, row]
-            else:
-                freed += self._tokens.pop((key, row))
-                self._rows[key] &= ~(1 << row)
-                if not self._rows[key]:
-                    del self._rows[key]
+        keys, piece, at, freed = held.keys, self._root, 0, held.rest
+        while at < len(keys):
+            above, piece = piece, piece.children[keys[at]]
+            share = piece.shares[row]
+            share.count -= 1
+            if not share.count:
+                freed += piece.leave(row)
+                if not piece.rows:  # then nobody holds what goes on from it either
+                    del above.children[keys[at]]
+            at += len(piece.keys)
         return freed
 
     def clear(self, row: int) -> None:
         """Forget the row: its endpoint has left, and nothing that it held will be given back."""
-        for key, _ in [place for place in self._tokens if place[1] == row]:
-            del self._tokens[key, row]
-            self._further.pop((key, row), None)
-            self._rows[key] &= ~(1 << row)
-            if not self._rows[key]:
-                del self._rows[key]
+        for piece in [self._root, *_below(self._root)]:
+            if piece.rows >> row & 1:
+                piece.leave(row)
+            piece.children = {key: child for key, child in piece.children.items() if child.rows & ~(1 << row)}
+
+
+def _below(piece: _Piece) -> Iterator[_Piece]:
+    """All pieces that go on from one, upper before lower."""
+    for child in piece.children.values():
+        yield child
+        yield from _below(child)
+
+
+def _same(ours: tuple[int, ...], keys: tuple[int, ...], at: int) -> int:
+    """How many of our marks a prompt has from its mark `at` on."""
+    if keys[at : at + len(ours)] == ours:
+        return len(ours)
+    return next(
+        (n for n, (one, other) in enumerate(zip(ours, keys[at:], strict=False)) if one != other), len(keys) - at
+    )
 
 
 def _members(rows: int) -> Iterator[int]:
