@@ -1,19 +1,22 @@
 """What following a Kubernetes API server costs, and how soon a change of the cluster is a change of the routing.
 
-    python bench/kubernetes.py [--pods 1000] [--rounds 20] [--json]
+    python bench/kubernetes.py [--pods 1000] [--rounds 20] [--kubeconfig FILE] [--json]
 
-The API server is the one of the tests, in this process; picker is a process of its own, and so are its clients' figures
-end to end: pods are addresses 127.x.y.z of one small HTTP server that answers completions and metrics.
+The API server is the one of the tests, in this process, or a real one that a kubeconfig names; picker is a process of
+its own, and so are its clients' figures end to end: pods are addresses 127.x.y.z of one small HTTP server that answers
+completions and metrics. Of a real one every span begins before the write that causes the event is sent, so that the
+API server's own time is in it; `write` says how long such a write takes until it is answered.
 
 | row | is |
 |---|---|
 | startup | from starting `picker epp --pool-name` until /readyz counts every pod, its CPU and memory then |
 | rest | CPU of ten quiet seconds, in which every pod is scraped (--scrape-interval 1) |
-| churn | CPU for a change of a pod, with 500 pods that change as fast as they are taken |
+| churn | CPU for a change of a pod, with 500 pods that change as fast as they are taken; not with a kubeconfig |
 | ready | from the event that a pod is ready until it gets the first request, at a pool with no other |
 | deleted | from the event with a pod's deletionTimestamp until it gets the last request, under load |
 | rolling | requests that fail while every pod is replaced under load |
 | reading | CPU to make objects of a list of so many pods |
+| write | until a real API server has answered the write of a pod's status |
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import click
@@ -43,7 +46,9 @@ from picker.sources.kubernetes.objects import read_metadata, read_page
 # Here `kubernetes` would be this very file.
 sys.path[0] = str(Path(__file__).parent.parent / "tests")
 from kubernetes.api_server import ApiServer, serving  # noqa: E402
-from kubernetes.manifests import PODS, POOLS, pod, pool  # noqa: E402
+from kubernetes.manifests import PODS, POOLS, Kind, pod, pool  # noqa: E402
+from kubernetes.real_cluster import Real, real_cluster  # noqa: E402
+from kubernetes.stage import InTest, at_once  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -54,6 +59,33 @@ _METRICS = (
 )
 _CLIENTS = 8
 _GRACE = 0.3  # seconds that a pod of a rolling restart lives after its deletionTimestamp
+
+
+class Cluster(Protocol):
+    """What is measured against: the tests' API server, or a namespace of a real one."""
+
+    namespace: str
+    kubeconfig: Path
+
+    async def apply(self, kind: Kind, value: Row) -> None: ...
+    async def say(self, kind: Kind, value: Row) -> None: ...
+    async def delete(self, kind: Kind, name: str) -> None: ...
+    async def terminate(self, pod: str) -> None: ...
+
+
+class Local(InTest):
+    """The tests' API server, in this process."""
+
+    def __init__(self, server: ApiServer, folder: Path) -> None:
+        super().__init__(server)
+        self.kubeconfig = folder / "kubeconfig"
+        named = {"name": "x", "context": {"cluster": "x", "namespace": self.namespace}}
+        whole = {"current-context": "x", "contexts": [named]}
+        whole |= {"clusters": [{"name": "x", "cluster": {"server": server.url}}]}
+        self.kubeconfig.write_text(yaml.safe_dump(whole), encoding="utf-8")
+
+    async def say(self, kind: Kind, value: Row) -> None:
+        await self.apply(kind, value)
 
 
 class Pods:
@@ -109,16 +141,11 @@ def ip(number: int) -> str:
 class Picker:
     """A picker that is a process."""
 
-    def __init__(self, folder: Path, server: ApiServer) -> None:
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
         self._log = folder / "picker.log"
-        self._kubeconfig = folder / "kubeconfig"
-        named = {"name": "x", "context": {"cluster": "x", "namespace": "default"}}
-        cluster = {"name": "x", "cluster": {"server": server.url}}
-        self._kubeconfig.write_text(
-            yaml.safe_dump({"current-context": "x", "contexts": [named], "clusters": [cluster]}), encoding="utf-8"
-        )
-        config = {"kubernetes": {"pools": ["pool"], "kubeconfig": str(self._kubeconfig)}}
-        (folder / "proxy.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        self._kubeconfig, self._namespace = cluster.kubeconfig, cluster.namespace
+        found = {"pools": ["pool"], "kubeconfig": str(self._kubeconfig), "namespace": self._namespace}
+        (folder / "proxy.yaml").write_text(yaml.safe_dump({"kubernetes": found}), encoding="utf-8")
         self._config = folder / "proxy.yaml"
         self._process: asyncio.subprocess.Process | None = None
         self.admin = self.url = ""
@@ -126,8 +153,8 @@ class Picker:
     @contextlib.asynccontextmanager
     async def epp(self) -> AsyncIterator[Picker]:
         own = ("--host", "127.0.0.1", "--grpc-port", "0", "--grpc-health-port", "0", "--metrics-port", "0")
-        found = ("--pool-name", "pool", "--kubeconfig", str(self._kubeconfig), "--secure-serving=false")
-        async with self._running("epp", *own, *found, "--drain-delay", "0"):
+        found = ("--pool-name", "pool", "--pool-namespace", self._namespace, "--kubeconfig", str(self._kubeconfig))
+        async with self._running("epp", *own, *found, "--secure-serving=false", "--drain-delay", "0"):
             yield self
 
     @contextlib.asynccontextmanager
@@ -181,12 +208,11 @@ class Picker:
 # --- measurements ------------------------------------------------------------------------------------------
 
 
-async def startup(server: ApiServer, pods: Pods, folder: Path, count: int) -> list[Row]:
-    server.apply(*POOLS, pool(ports=(pods.port,)))
-    for number in range(count):
-        server.apply(*PODS, _heavy(f"p{number}", ip(number)))
+async def startup(cluster: Cluster, pods: Pods, folder: Path, count: int) -> list[Row]:
+    await cluster.apply(POOLS, pool(ports=(pods.port,)))
+    await at_once(cluster.apply(PODS, _heavy(f"p{number}", ip(number))) for number in range(count))
     began = time.perf_counter()
-    async with aiohttp.ClientSession() as session, Picker(folder, server).epp() as picker:
+    async with aiohttp.ClientSession() as session, Picker(folder, cluster).epp() as picker:
         await picker.knows(count, session)
         seconds, cpu, rss = time.perf_counter() - began, picker.cpu_s, picker.rss_mb
         await asyncio.sleep(5)
@@ -199,82 +225,94 @@ async def startup(server: ApiServer, pods: Pods, folder: Path, count: int) -> li
         ]
 
 
-async def churn(server: ApiServer, pods: Pods, folder: Path, count: int, changes: int) -> Row:
-    server.apply(*POOLS, pool(ports=(pods.port,)))
-    async with aiohttp.ClientSession() as session, Picker(folder, server).epp() as picker:
-        for number in range(count):
-            server.apply(*PODS, _heavy(f"p{number}", ip(number)))
+async def churn(cluster: Cluster, pods: Pods, folder: Path, count: int, changes: int) -> Row:
+    await cluster.apply(POOLS, pool(ports=(pods.port,)))
+    async with aiohttp.ClientSession() as session, Picker(folder, cluster).epp() as picker:
+        await at_once(cluster.apply(PODS, _heavy(f"p{number}", ip(number))) for number in range(count))
         await picker.knows(count, session)
         await asyncio.sleep(5)
         before = picker.cpu_s
         await asyncio.sleep(5)
         quiet, began, before = (picker.cpu_s - before) / 5, time.perf_counter(), picker.cpu_s
-        for change in range(changes):
-            number = change % count
-            server.apply(*PODS, _heavy(f"p{number}", ip(number), ready=change // count % 2 == 1))
-            if change % 50 == 49:
-                await asyncio.sleep(0.05)
+        for batch in range(0, changes, 50):
+            await at_once(
+                cluster.say(PODS, _heavy(f"p{each % count}", ip(each % count), ready=each // count % 2 == 1))
+                for each in range(batch, batch + 50)
+            )
+            await asyncio.sleep(0.05)
         await asyncio.sleep(1)  # for what is on its way
         seconds = time.perf_counter() - began
         cpu = picker.cpu_s - before - quiet * seconds
         return {"row": "churn", "pods": count, "changes": changes, "cpu_us_per_change": cpu / changes * 1e6}
 
 
-async def ready(server: ApiServer, pods: Pods, folder: Path, rounds: int) -> Row:
-    server.apply(*POOLS, pool(ports=(pods.port,)))
+async def ready(cluster: Cluster, pods: Pods, folder: Path, rounds: int) -> Row:
+    await cluster.apply(POOLS, pool(ports=(pods.port,)))
     spans = []
-    async with aiohttp.ClientSession() as session, Picker(folder, server).proxy() as picker:
+    async with aiohttp.ClientSession() as session, Picker(folder, cluster).proxy() as picker:
         for number in range(rounds):
-            server.apply(*PODS, _heavy("p", ip(number), ready=False))
+            await cluster.apply(PODS, _heavy("p", ip(number), ready=False))
             await asyncio.sleep(0.3)
             asking = asyncio.get_running_loop().create_task(_ask_until_answered(session, picker.url))
             await asyncio.sleep(0.1)
             at = time.perf_counter()
-            server.apply(*PODS, _heavy("p", ip(number)))
+            await cluster.say(PODS, _heavy("p", ip(number)))
             await asking
             spans.append(pods.first[ip(number)] - at)
-            server.delete(*PODS, "p")
+            await cluster.delete(PODS, "p")
             await asyncio.sleep(0.1)
     return _spans("ready", spans)
 
 
-async def deleted(server: ApiServer, pods: Pods, folder: Path, rounds: int) -> Row:
-    server.apply(*POOLS, pool(ports=(pods.port,)))
-    server.apply(*PODS, _heavy("stays", ip(10_000)))
+async def deleted(cluster: Cluster, pods: Pods, folder: Path, rounds: int) -> Row:
+    await cluster.apply(POOLS, pool(ports=(pods.port,)))
+    await cluster.apply(PODS, _heavy("stays", ip(10_000)))
     spans = []
-    async with Picker(folder, server).proxy() as picker, _load(picker.url) as load:
+    async with Picker(folder, cluster).proxy() as picker, _load(picker.url) as load:
         await _until(lambda: load.done > 100)
         load.failed = 0  # until the first pod was known
         for number in range(rounds):
-            server.apply(*PODS, _heavy(f"p{number}", ip(number)))
+            await cluster.apply(PODS, _heavy(f"p{number}", ip(number)))
             await pods.busy(ip(number))
+            if isinstance(cluster, Real):
+                await cluster.bind(f"p{number}")
             await asyncio.sleep(0.2)
             await pods.busy(ip(number))
             at = time.perf_counter()
-            server.apply(*PODS, _heavy(f"p{number}", ip(number), deleting=True))
+            await cluster.terminate(f"p{number}")
             await asyncio.sleep(0.5)
             spans.append(max(0.0, pods.last[ip(number)] - at))
-            server.delete(*PODS, f"p{number}")
+            await cluster.delete(PODS, f"p{number}")
     return _spans("deleted", spans) | {"requests": load.done, "failed": load.failed}
 
 
-async def rolling(server: ApiServer, pods: Pods, folder: Path, count: int) -> Row:
+async def rolling(cluster: Cluster, pods: Pods, folder: Path, count: int) -> Row:
     """Each pod is replaced as a Deployment with maxUnavailable 0 does it."""
-    server.apply(*POOLS, pool(ports=(pods.port,)))
+    await cluster.apply(POOLS, pool(ports=(pods.port,)))
     for number in range(count):
-        server.apply(*PODS, _heavy(f"old{number}", ip(number)))
-    async with Picker(folder, server).proxy() as picker, _load(picker.url) as load:
+        await cluster.apply(PODS, _heavy(f"old{number}", ip(number)))
+    async with Picker(folder, cluster).proxy() as picker, _load(picker.url) as load:
         await _until(lambda: load.done > 200)
         load.failed = 0  # until the first pod was known
         for number in range(count):
-            server.apply(*PODS, _heavy(f"new{number}", ip(count + number)))
+            await cluster.apply(PODS, _heavy(f"new{number}", ip(count + number)))
             await asyncio.sleep(0.1)
-            server.apply(*PODS, _heavy(f"old{number}", ip(number), deleting=True))
+            await cluster.terminate(f"old{number}")
             await asyncio.sleep(_GRACE)
             pods.dead.add(ip(number))
-            server.delete(*PODS, f"old{number}")
+            await cluster.delete(PODS, f"old{number}")
         await asyncio.sleep(0.5)
         return {"row": "rolling", "pods": count, "requests": load.done, "failed": load.failed}
+
+
+async def write(cluster: Cluster, pods: Pods, folder: Path, rounds: int) -> Row:
+    spans = []
+    await cluster.apply(PODS, _heavy("p", ip(0)))
+    for number in range(rounds):
+        at = time.perf_counter()
+        await cluster.say(PODS, _heavy("p", ip(0), ready=number % 2 == 1))
+        spans.append(time.perf_counter() - at)
+    return _spans("write", spans)
 
 
 def reading(count: int) -> Row:
@@ -354,10 +392,13 @@ def _heavy(name: str, host: str, **more: Any) -> Row:
     """A pod of the size that they have in a cluster: 4 kB, most of which nobody reads."""
     found = pod(name, host, **more)
     fields: Row = {"f:metadata": {"f:labels": {f"f:l{number}": {} for number in range(20)}}}
-    found["metadata"]["managedFields"] = [{"manager": "kubelet", "operation": "Update", "fieldsV1": fields}] * 3
+    entry = {"operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": fields}
+    found["metadata"]["managedFields"] = [entry | {"manager": f"kubelet-{number}"} for number in range(3)]
     found["spec"]["containers"][0]["env"] = [{"name": f"VARIABLE_{number}", "value": "x" * 40} for number in range(25)]
     return found
 
+
+Step = Callable[[Cluster, Pods, Path], Awaitable[Row | list[Row]]]
 
 # --- the command -------------------------------------------------------------------------------------------
 
@@ -365,19 +406,27 @@ def _heavy(name: str, host: str, **more: Any) -> Row:
 @click.command()
 @click.option("--pods", "count", default=1000, show_default=True, help="Pods of the start-up.")
 @click.option("--rounds", default=20, show_default=True, help="Pods that come and go, one after the other.")
+@click.option(
+    "--kubeconfig",
+    type=click.Path(exists=True, resolve_path=True),
+    help="Of a real API server; its user may make namespaces and all that is in them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def main(count: int, rounds: int, as_json: bool) -> None:
+def main(count: int, rounds: int, kubeconfig: str | None, as_json: bool) -> None:
     """What following a Kubernetes API server costs, and how soon changes of the cluster are changes of the routing."""
     rows: list[Row] = [reading(count)]
-    steps: list[Callable[[ApiServer, Pods, Path], Awaitable[Row | list[Row]]]] = [
-        lambda server, pods, folder: startup(server, pods, folder, count),
-        lambda server, pods, folder: churn(server, pods, folder, 500, 5000),
-        lambda server, pods, folder: ready(server, pods, folder, rounds),
-        lambda server, pods, folder: deleted(server, pods, folder, rounds),
-        lambda server, pods, folder: rolling(server, pods, folder, 10),
+    steps: list[Step] = [
+        lambda cluster, pods, folder: startup(cluster, pods, folder, count),
+        lambda cluster, pods, folder: ready(cluster, pods, folder, rounds),
+        lambda cluster, pods, folder: deleted(cluster, pods, folder, rounds),
+        lambda cluster, pods, folder: rolling(cluster, pods, folder, 10),
     ]
+    if kubeconfig is None:
+        steps.append(lambda cluster, pods, folder: churn(cluster, pods, folder, 500, 5000))
+    else:  # where changes are too slow to be seen in the CPU
+        steps.append(lambda cluster, pods, folder: write(cluster, pods, folder, rounds))
     for step in steps:
-        found = asyncio.run(_alone(step))
+        found = asyncio.run(_alone(step, kubeconfig))
         rows += found if isinstance(found, list) else [found]
         if not as_json:
             click.echo("  ".join(f"{key} {_shown(value)}" for key, value in rows[-1].items()), err=True)
@@ -385,10 +434,21 @@ def main(count: int, rounds: int, as_json: bool) -> None:
     click.echo(json.dumps(result) if as_json else "\n".join(_line(row) for row in rows))
 
 
-async def _alone(step: Callable[[ApiServer, Pods, Path], Awaitable[Row | list[Row]]]) -> Row | list[Row]:
-    with tempfile.TemporaryDirectory(prefix="picker-bench-") as folder:
-        async with serving() as server, Pods().running() as pods:
-            return await step(server, pods, Path(folder))
+async def _alone(step: Step, kubeconfig: str | None) -> Row | list[Row]:
+    with tempfile.TemporaryDirectory(prefix="picker-bench-") as name:
+        folder = Path(name)
+        async with _cluster(folder, kubeconfig) as cluster, Pods().running() as pods:
+            return await step(cluster, pods, folder)
+
+
+@contextlib.asynccontextmanager
+async def _cluster(folder: Path, kubeconfig: str | None) -> AsyncIterator[Cluster]:
+    if kubeconfig is not None:
+        async with real_cluster(kubeconfig) as real:
+            yield real
+    else:
+        async with serving() as server:
+            yield Local(server, folder)
 
 
 def _line(row: Row) -> str:

@@ -36,6 +36,7 @@ _SHOWN = ("requests", "failed", "ttft_mean_s", "ttft_p95_s", "hit_ratio")
 _LATEST = 200  # prompts by which replicas are compared
 _LOOKS = (0.0, 0.1, 1.0, 5.0, 30.0)  # seconds after a replica was started anew
 _GONE = 5.0  # seconds
+_FIRST = 30.0  # seconds of a new one's life
 
 
 def schedulers(trial: Trial, count: int) -> list[Scheduler]:
@@ -56,10 +57,13 @@ def shared(trial: Trial, count: int, delay: float) -> Row:
     return {"replicas": count, "delay_s": None if delay == math.inf else delay} | {key: found[key] for key in _SHOWN}
 
 
-def death(trial: Trial, delay: float) -> Row:
-    """Two, of which one dies a third into the run, and comes back with nothing five seconds later."""
+def death(trial: Trial, delay: float, *, lessons: bool = True) -> Row:
+    """Two, of which one dies a third into the run, and comes back with nothing five seconds later.
+
+    lessons: whether the other hands on what it has learned, beside what is cached where.
+    """
     first, second, fresh = schedulers(trial, 3)
-    router = Replicated([first, second], delay=delay, choose=by_chance(2))
+    router = Replicated([first, second], delay=delay, choose=by_chance(2), lessons=lessons)
     cluster, latest = trial.cluster(router), deque[UInt64Array](maxlen=_LATEST)
     assert isinstance(trial.scenario.workload, Sessions)
     span = trial.scenario.workload.seconds
@@ -80,8 +84,11 @@ def death(trial: Trial, delay: float) -> Row:
     found = row(trial, outcomes)
     after = [each.ttft for each in outcomes if dies <= each.at < dies + 60 and not each.failed]
     before = [each.ttft for each in outcomes if measured_from(trial, outcomes) <= each.at < dies and not each.failed]
-    spans = {"ttft_before_s": _mean(before), "ttft_60s_after_s": _mean(after)}
-    return {"replicas": 2, "delay_s": delay, "death": dies} | {key: found[key] for key in _SHOWN} | spans | looks
+    begins = dies + _GONE
+    fresh_s = [each.ttft for each in outcomes if begins <= each.at < begins + _FIRST and not each.failed]
+    spans = {"ttft_before_s": _mean(before), "ttft_60s_after_s": _mean(after), "ttft_30s_of_new_s": _mean(fresh_s)}
+    about = {"replicas": 2, "delay_s": delay, "death": dies, "lessons": lessons}
+    return about | {key: found[key] for key in _SHOWN} | spans | looks
 
 
 def _noted(arrivals: Iterator[Arrival], latest: deque[UInt64Array]) -> Iterator[Arrival]:
@@ -122,8 +129,9 @@ def command(
                 rows.append({"scenario": name, "seed": seed} | shared(trial, count, delay))
                 console.print(_line(rows[-1]))
             if isinstance(chosen.workload, Sessions):
-                rows.append({"scenario": name, "seed": seed} | death(trial, 0.001))
-                console.print(_line(rows[-1]))
+                for lessons in (True, False):
+                    rows.append({"scenario": name, "seed": seed} | death(trial, 0.001, lessons=lessons))
+                    console.print(_line(rows[-1]))
     if as_json:
         about = {"version": __version__, "machine": machine.describe(), "command": shlex.join(sys.argv)}
         click.echo(json.dumps({"bench": "replicas", "load": load, "rows": rows, **about}))

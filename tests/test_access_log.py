@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from picker.access_log import RequestLog
+from picker.access_log import RequestLog, check_target
 from picker.errors import ConfigError
 from picker.types import (
     Decision,
@@ -22,11 +22,13 @@ from picker.types import (
     RejectReason,
     Request,
     ResponseStarted,
+    Rewritten,
     Usage,
 )
 
 KEYS = [
-    *("time", "id", "request_id", "client", "key", "method", "path", "model", "status", "endpoint", "attempts"),
+    *("time", "id", "request_id", "client", "key", "method", "path", "model", "target_model", "status", "endpoint"),
+    "attempts",
     *("stream", "prompt_bytes", "prompt_tokens", "cached_tokens", "output_tokens", "ttft_s", "duration_s", "error"),
 ]
 
@@ -80,6 +82,7 @@ def test_a_request_is_one_line_with_all_keys_and_no_query(tmp_path: Path) -> Non
         "method": "POST",
         "path": "/v1/chat/completions",
         "model": "demo",
+        "target_model": "demo",
         "status": 200,
         "endpoint": "pod-1",
         "attempts": 1,
@@ -92,6 +95,17 @@ def test_a_request_is_one_line_with_all_keys_and_no_query(tmp_path: Path) -> Non
         "duration_s": 1.5,
         "error": None,
     }
+
+
+def test_both_models_are_told_where_the_endpoint_is_asked_for_another(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    begin(made)
+    request = Request(1, "v2", 0.0, rewritten=Rewritten("chat", "canary"))
+    made.decision(Decision(1, Endpoint("pod-1", "10.0.0.1:80")), 0.0, request)
+    made.ended(1)
+    made.close()
+    (line,) = lines(tmp_path)
+    assert (line["model"], line["target_model"]) == ("chat", "v2")
 
 
 def test_a_second_attempt_is_counted_and_clears_the_first_ones_failure(tmp_path: Path) -> None:
@@ -175,6 +189,25 @@ async def test_a_log_that_was_moved_away_goes_on_in_a_new_file(tmp_path: Path) -
         made.ended(2)
     assert [line["id"] for line in lines(tmp_path)][-1] == 2
     assert [line["id"] for name in ("old", "log") for line in lines(tmp_path, name)] == [1, 2]
+
+
+def test_it_can_go_on_in_another_file(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    begin(made, 1)
+    made.ended(1)
+    made._write(*made._taken())
+    check_target(str(tmp_path / "other"))
+    made.move(str(tmp_path / "other"))
+    begin(made, 2)
+    made.ended(2)
+    made.close()
+    assert [[line["id"] for line in lines(tmp_path, name)] for name in ("log", "other")] == [[1], [2]]
+
+
+def test_a_file_that_cannot_be_written_is_no_target(tmp_path: Path) -> None:
+    check_target("-")
+    with pytest.raises(ConfigError, match="cannot write"):
+        check_target(str(tmp_path / "no" / "such" / "folder"))
 
 
 def test_a_log_that_was_moved_away_without_a_word_is_begun_anew(tmp_path: Path) -> None:

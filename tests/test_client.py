@@ -9,6 +9,8 @@ import pytest
 
 from frontends.api_rig import BODY, Rig, rig
 from picker.client import Blocks, Client, Endpoint, Explain, Failure, Features, RefusedError, Usage
+from picker.exchange import Limits
+from picker.rewrites import Rewriting, build_rule
 from picker.types import EndpointRemoved, Failed, FailureReason, Finished, FirstToken, ResponseStarted
 from picker.types import Usage as Counted
 
@@ -34,6 +36,19 @@ async def test_a_request_is_picked_for_followed_and_ended() -> None:
         FirstToken(1),
         Finished(1, 200, Counted(255, 10, 0)),
     ]
+
+
+async def test_a_body_for_another_model_is_made_of_the_one_that_was_shown() -> None:
+    rewriting = Rewriting(lambda: 0.0, ("configuration",))
+    rewriting.put("configuration", [build_rule("canary", ("chat",), [("m", 1)])])
+    body = BODY.replace(b'"model": "m"', b'"model": "chat"')
+    async with rig(limits=Limits(rewriting=rewriting)) as this, client(this) as picker:
+        async with picker.pick(body, path="/v1/completions") as picked:
+            assert (picked.model, picked.body(body)) == ("m", BODY)
+        async with picker.pick(BODY, path="/v1/completions") as picked:
+            assert (picked.model, picked.body(BODY)) == (None, BODY)
+        async with picker.pick(Features(model="chat")) as picked:
+            assert (picked.model, picked.body(b"kept")) == ("m", b"kept")
 
 
 async def test_leaving_the_block_without_a_word_is_an_end() -> None:

@@ -59,7 +59,30 @@ def test_what_clients_could_tell_envoy_or_picker_by_header_is_stripped(tmp_path:
     (extension,) = manager(made(tmp_path))["early_header_mutation_extensions"]
     matches = [each.get("remove_on_match") for each in extension["typed_config"]["mutations"]]
     prefixes = [each["key_matcher"]["prefix"] for each in matches if each]
-    assert prefixes == ["x-gateway-", "x-llm-d-", "x-envoy-"]
+    assert prefixes == ["x-gateway-destination-endpoint", "x-picker-", "x-envoy-"]
+    names = {each["remove"] for each in extension["typed_config"]["mutations"] if "remove" in each}
+    assert {"x-data-parallel-rank", "x-prefiller-host-port"} <= names
+
+
+def test_what_clients_say_to_picker_no_endpoint_hears(tmp_path: Path) -> None:
+    removed = virtual_host(made(tmp_path))["request_headers_to_remove"]
+    assert {"x-llm-d-inference-objective", "x-gateway-inference-objective", "x-slo-ttft-ms"} <= {*removed}
+    assert not [name for name in removed if name.startswith(("x-picker-", "x-data-"))]
+
+
+def test_requests_that_are_sure_to_have_a_body_are_told_in_one_message_where_nobody_asks_for_keys(
+    tmp_path: Path,
+) -> None:
+    (everything,) = virtual_host(made(tmp_path))["routes"]
+    assert "typed_per_filter_config" not in everything
+    whole, everything = virtual_host(made(tmp_path, asked=("x-session-id",), max_body_bytes=1000))["routes"]
+    assert whole["match"]["headers"][1]["range_match"] == {"start": 1, "end": 1001}
+    asking = whole["typed_per_filter_config"]["envoy.filters.http.ext_proc"]["overrides"]["processing_mode"]
+    assert (asking["request_header_mode"], asking["request_body_mode"]) == ("SKIP", "BUFFERED")
+    assert everything["match"] == {"prefix": "/"}
+    asking, holding, _ = manager(made(tmp_path, asked=("x-session-id",)))["http_filters"]
+    assert "request.headers['x-session-id']" in asking["typed_config"]["request_attributes"]
+    assert holding["disabled"]
 
 
 def test_another_endpoint_is_tried_as_often_as_configured_and_not_at_all_with_one_attempt(tmp_path: Path) -> None:
@@ -112,6 +135,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 def test_envoy_accepts_it(tmp_path: Path, host: str) -> None:
     write_whole(Folder(tmp_path).pool, members([Endpoint("a", "10.0.0.1:443")], {}))
     validate(made(tmp_path, host=host))
+    validate(made(tmp_path, host=host, asked=("x-session-id",)))
 
 
 @needs_envoy
@@ -134,9 +158,10 @@ def test_envoy_accepts_tls_both_ways(tmp_path: Path) -> None:
 
 def test_what_clients_say_of_themselves_goes_on_unless_endpoints_get_something_else(tmp_path: Path) -> None:
     untouched = virtual_host(made(tmp_path))
-    assert not {"request_headers_to_add", "request_headers_to_remove"} & set(untouched)
+    assert not {"authorization", "x-api-key"} & {*untouched["request_headers_to_remove"]}
     taken = virtual_host(made(tmp_path, authorization=""))
-    assert taken["request_headers_to_remove"] == ["authorization", "x-api-key"]
+    assert taken["request_headers_to_remove"][-2:] == ["authorization", "x-api-key"]
     replaced = virtual_host(made(tmp_path, authorization="Bearer k"))
-    assert replaced["request_headers_to_remove"] == ["x-api-key"]
-    assert replaced["request_headers_to_add"][0]["header"] == {"key": "authorization", "value": "Bearer k"}
+    assert replaced["request_headers_to_remove"][-1] == "x-api-key"
+    assert "authorization" not in replaced["request_headers_to_remove"]
+    assert replaced["request_headers_to_add"][-1]["header"] == {"key": "authorization", "value": "Bearer k"}

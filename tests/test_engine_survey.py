@@ -39,6 +39,8 @@ async def engine(routes: Mapping[str, Any], *, details: bool = True) -> AsyncIte
                 {"usage": usage | ({"prompt_tokens_details": {"cached_tokens": 0}} if details else {})}
             )
         found = routes.get(request.path)
+        if isinstance(found, int):
+            return web.Response(status=found)
         if found is None:
             raise web.HTTPNotFound
         return web.Response(text=found) if isinstance(found, str) else web.json_response(found)
@@ -120,3 +122,14 @@ async def test_who_is_not_there_is_told_in_words() -> None:
     with dead_port() as address:
         assert (await ask(Endpoint("e", address))).problem == "connection refused"
     assert (await ask(Endpoint("e", "nowhere.invalid:80"))).problem == "no such host"
+
+
+@pytest.mark.parametrize("routes", [{"/v1/models": 503, "/metrics": 508}, {"/v1/models": 508}])
+async def test_an_address_that_leads_back_is_said_to(routes: dict[str, int]) -> None:
+    async with engine(routes) as (endpoint, _):
+        assert (await ask(endpoint)).problem == "its address leads back to this gateway"
+
+
+async def test_an_engine_that_cannot_serve_is_said_to() -> None:
+    async with engine({"/v1/models": 503}) as (endpoint, _):
+        assert (await ask(endpoint)).problem == "says that it cannot serve (503)"

@@ -2,9 +2,9 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -342,7 +342,7 @@ def test_who_served_is_left_open_where_the_data_plane_may_have_gone_to_a_fallbac
 def test_an_objective_named_in_a_header_gives_its_priority(headers: dict[str, str], priority: int) -> None:
     play = Playbook(exchange(objectives={"chat": 10, "batch": -5}))
     call, body = parse_call(CHAT, chat(priority=3)), chat(priority=3)
-    expected = Like(Submit, call=replace(call, priority=priority))
+    expected = Like(Submit, call=msgspec.structs.replace(call, priority=priority))
     assert play >> head(headers=headers) >> RequestBody(body, end=True) << expected
 
 

@@ -24,7 +24,10 @@ PURE_KUBERNETES = tuple(
 )
 PURE_REPLICAS = tuple(f"replicas.{name}" for name in ("words", "guests", "handover"))
 DECIDING = (*NOUNS, "core", "prefix", "scorers")
-SHELL = (*DECIDING, "wire", "exchange", "gate", "runtime", "tokenizers", "telemetry", "config", "access_log")
+SHELL = (
+    *(*DECIDING, "wire", "rewrites", "exchange", "gate", "runtime", "tokenizers", "telemetry", "config"),
+    "access_log",
+)
 
 # Room -> what of picker it may import besides itself. A room is a module or a package with all within; the longest
 # name that fits is the room. What has no room of its own is a shell.
@@ -38,10 +41,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Envoy's messages are translated straight into what an exchange takes and gives.
     "wire.extproc": (*NOUNS, "wire", "exchange"),
     "wire.api": (*NOUNS, "wire", "exchange"),
-    "exchange": (*NOUNS, "wire"),
+    # Which model a request gets instead of the one it names.
+    "rewrites": (),
+    "exchange": (*NOUNS, "wire", "rewrites"),
     # What front ends know of picker, wherever it decides.
     "gate": (*NOUNS, "prefix.blocks", "exchange"),
-    "config": NOUNS,
+    "config": (*NOUNS, "rewrites"),
     "telemetry": NOUNS,
     "access_log": NOUNS,
     "record": NOUNS,
@@ -49,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": tuple(room for room in SHELL if room != "config"),
     "frontends": SHELL,
     "sources": SHELL,
-    **dict.fromkeys(PURE_KUBERNETES, (*NOUNS, *PURE_KUBERNETES, "sources.static")),
+    **dict.fromkeys(PURE_KUBERNETES, (*NOUNS, *PURE_KUBERNETES, "sources.static", "rewrites")),
     **dict.fromkeys(PURE_SIM, (*DECIDING, *PURE_SIM)),
     "sim": (*SHELL, *PURE_SIM),
     # Several schedulers, in the words that replicas have.
@@ -65,11 +70,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "prediction_metrics": (*NOUNS, "core"),
     "metrics_names": ("telemetry",),
+    "rewrite_metrics": ("metrics_names", "rewrites"),
     "metrics_compat": (*NOUNS, "core", "telemetry", "metrics_names"),
     "imports": ("errors",),
     # The bus between processes that serve together; what they run is put together elsewhere.
     "workers": (*SHELL, "frontends.als", "children"),
-    "workers.frames": (*NOUNS, "wire.als"),
+    "workers.frames": (*NOUNS, "wire.als", "rewrites"),
     # The bus between pickers that serve one pool.
     "replicas": SHELL,
     "replicas.words": (*NOUNS, "core"),
@@ -81,7 +87,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "client": ("wire.pb",),
     "app": (
         *(*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "api_service", "frontends", "sources"),
-        *("replicas", "record", "live_policy"),
+        *("replicas", "record", "live_policy", "rewrite_metrics"),
     ),
     "live_policy": (*NOUNS, "core"),
     "reload": (*NOUNS, "config"),
@@ -102,6 +108,7 @@ PURE = (
     "prefix",
     "scorers",
     "wire",
+    "rewrites",
     "exchange",
     "imports",
     "workers.frames",

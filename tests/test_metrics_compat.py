@@ -8,6 +8,8 @@ from fakes import NOW, ManualClock, endpoint, request, scheduler
 from picker.core.saturation import Concurrency
 from picker.core.scheduler import Scheduler
 from picker.metrics_compat import CompatMetrics
+from picker.rewrite_metrics import RewriteMetrics
+from picker.rewrites import Choice, Rewriting
 from picker.telemetry import Telemetry
 from picker.types import (
     Decision,
@@ -19,6 +21,7 @@ from picker.types import (
     LoadObserved,
     Rejection,
     RejectReason,
+    Rewritten,
     Usage,
 )
 
@@ -68,6 +71,24 @@ def test_a_request_is_counted_under_todays_and_the_older_names(rig: Rig) -> None
     assert rig.value("inference_objective_request_total", **OLDER, priority="3") == 1
     assert rig.value("llm_d_epp_request_running", **M) == 1
     assert rig.value("inference_objective_running_requests", model_name="m") == 2
+
+
+def test_the_model_asked_for_and_its_target_are_told_apart(rig: Rig) -> None:
+    rig.submit(1, rewritten=Rewritten("chat", "canary"))
+    rig.tell(Finished(1, 200, Usage(10, 2)))
+    assert rig.value("llm_d_epp_request_total", **M | {"model_name": "chat"}) == 1
+    assert rig.value("llm_d_epp_request_input_tokens_count", **M | {"model_name": "chat"}) == 1
+
+
+def test_rewrites_are_counted_under_their_names_and_ours() -> None:
+    rewriting, registry = Rewriting(lambda: 0.0, ()), CollectorRegistry()
+    registry.register(RewriteMetrics(rewriting, compat=True))
+    rewriting.count("chat", Choice("m", "canary"))
+    ours = {"rewrite": "canary", "model": "chat", "target_model": "m"}
+    theirs = {"model_rewrite_name": "canary", "model_name": "chat", "target_model": "m"}
+    assert registry.get_sample_value("picker_model_rewrites_total", ours) == 1
+    assert registry.get_sample_value("llm_d_epp_model_rewrite_decisions_total", theirs) == 1
+    assert registry.get_sample_value("inference_extension_model_rewrite_decisions_total", theirs) == 1
 
 
 def test_a_streamed_answer_gives_its_times_and_tokens(rig: Rig) -> None:

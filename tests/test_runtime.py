@@ -44,6 +44,7 @@ from picker.types import (
     Finished,
     FirstToken,
     HealthObserved,
+    Queued,
     Rejection,
     RejectReason,
     Request,
@@ -323,6 +324,34 @@ async def test_a_wait_that_is_too_long_ends_by_itself_with_429() -> None:
         clock.advance(0.002)
     assert refused(late.actions) == 429
     assert metric(runtime, "picker_decisions_total", outcome="expired") == 1
+
+
+def placed(number: int) -> Request:
+    return Request(number, None, NOW)
+
+
+async def test_what_is_decided_before_anybody_waits_is_there_when_somebody_does() -> None:
+    runtime = running(subject=scheduler("a", max_inflight=1))
+    assert isinstance(runtime.place(placed(1)), Decision)
+    assert isinstance(runtime.place(placed(2)), Queued)
+    runtime.emit(Finished(1, 200))
+    outcome = await runtime.wait(2)
+    assert isinstance(outcome, Decision)
+    runtime.emit(Finished(2, 200))
+    assert (len(runtime.scheduler.charges), len(runtime.scheduler.queue)) == (0, 0)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+async def test_who_leaves_before_anybody_waits_leaves_nothing_behind(decided: bool) -> None:
+    runtime = running(subject=scheduler("a", max_inflight=1))
+    runtime.place(placed(1))
+    runtime.place(placed(2))
+    if decided:
+        runtime.emit(Finished(1, 200))
+    runtime.emit(Failed(2, FailureReason.CLIENT_GONE))
+    assert len(runtime.scheduler.queue) == 0
+    with pytest.raises(KeyError):
+        await runtime.wait(2)
 
 
 async def test_a_full_queue_is_429_at_once() -> None:

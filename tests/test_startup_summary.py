@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Sequence
 
+import pytest
 from rich.console import Console
 
 from picker.engine_survey import SGLANG, VLLM, Found
@@ -109,6 +110,23 @@ async def test_those_that_do_not_answer_are_asked_until_they_do_and_complained_o
         assert await engines.next() == ["a up"]
         task.cancel()
     assert len(engines.batches) == 4
+
+
+def test_one_server_under_two_names_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    summary = Summary(Engines().ask, lambda batch: None)
+    for endpoint in (
+        *(Endpoint("a", "h:80"), Endpoint("a", "h:80", models=frozenset("m")), Endpoint("b", "h:81")),
+        *(Endpoint("r0", "h:90", rank=0), Endpoint("r1", "h:90", rank=1)),
+    ):
+        summary.observe(EndpointAdded(endpoint))
+    assert caplog.messages == []
+    summary.observe(EndpointAdded(Endpoint("c", "h:80")))
+    assert caplog.messages == [
+        "endpoints a and c have the same address: list it once, or give each a rank if they are ranks"
+    ]
+    summary.observe(EndpointRemoved("a"))
+    summary.observe(EndpointAdded(Endpoint("c", "h:80", models=frozenset("m"))))
+    assert len(caplog.messages) == 1
 
 
 async def test_a_bug_in_the_words_ends_nothing() -> None:

@@ -38,9 +38,10 @@ class Line(msgspec.Struct, gc=False):
     """A line; its fields are the keys, always all of them, and what is not known is null.
 
     time: when the request came, UTC. id: picker's own; request_id: of `x-request-id`. key: name of the API key. path:
-    without its query. endpoint: who answered, or was last tried. attempts: endpoints tried. cached_tokens: of the
-    prompt, as the engine says. ttft_s: until the first token, or the first byte where tokens are not seen; duration_s:
-    until the end of the response. error: why there is no whole response, in the words of the metrics.
+    without its query. model: that the client asked for; target_model: that the endpoint was asked for. endpoint: who
+    answered, or was last tried. attempts: endpoints tried. cached_tokens: of the prompt, as the engine says. ttft_s:
+    until the first token, or the first byte where tokens are not seen; duration_s: until the end of the response.
+    error: why there is no whole response, in the words of the metrics.
     """
 
     time: datetime
@@ -51,6 +52,7 @@ class Line(msgspec.Struct, gc=False):
     method: str
     path: str
     model: str | None = None
+    target_model: str | None = None
     status: int | None = None
     endpoint: str | None = None
     attempts: int = 0
@@ -149,7 +151,10 @@ class RequestLog:
             return
         line = found.line
         if request is not None:
-            line.model, line.stream = _short(request.model), request.streaming
+            line.model = line.target_model = _short(request.model)
+            line.stream = request.streaming
+            if request.rewritten is not None:
+                line.model = _short(request.rewritten.asked)
             line.prompt_bytes = request.prompt_bytes + request.extra_bytes
         if isinstance(outcome, Decision):
             line.endpoint, line.attempts = outcome.endpoint.name, line.attempts + 1
@@ -208,6 +213,12 @@ class RequestLog:
         self._reopen = self._path is not None
         self._full.set()
 
+    def move(self, target: str) -> None:
+        """Go on in another file, or on stdout, at once."""
+        self._path = None if target == STDOUT else Path(target)
+        self._reopen = True
+        self._full.set()
+
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
         """Write now and then while the block runs, and the rest at its end."""
@@ -263,12 +274,7 @@ class RequestLog:
         self._file = file
 
     def _opened(self) -> int:
-        if self._path is None:
-            return os.dup(1)
-        try:
-            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _MODE)
-        except OSError as error:
-            raise ConfigError(f"--access-log: cannot write {self._path}: {error.strerror or error}") from None
+        return _open(self._path)
 
     def close(self) -> None:
         """Write what is left, also of requests that have not ended, and close the file; harmless a second time."""
@@ -279,6 +285,20 @@ class RequestLog:
         self._write(*self._taken())
         os.close(self._file)
         self._file = -1
+
+
+def check_target(target: str) -> None:
+    """Raises ConfigError for a file that cannot be written; makes one that is not there."""
+    os.close(_open(None if target == STDOUT else Path(target)))
+
+
+def _open(path: Path | None) -> int:
+    if path is None:
+        return os.dup(1)
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _MODE)
+    except OSError as error:
+        raise ConfigError(f"--access-log: cannot write {path}: {error.strerror or error}") from None
 
 
 def _short(text: str | None) -> str | None:

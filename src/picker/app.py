@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import socket
-import ssl
 import time
 from collections import ChainMap
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -44,11 +43,13 @@ from picker.prefix.blocks import BlockHasher
 from picker.prefix.exact import Exact
 from picker.record import Recorder
 from picker.replicas.service import Replicas
+from picker.rewrite_metrics import RewriteMetrics
+from picker.rewrites import Rewriting
 from picker.runtime import Runtime
 from picker.scorers import build_scorer
 from picker.scorers.inflight import Inflight
 from picker.scorers.recency import Recency
-from picker.sources.file import FileSource, load_endpoints
+from picker.sources.file import FileSource, Terms, load_endpoints
 from picker.sources.ingest import Ingest
 from picker.sources.kubernetes.client import Client
 from picker.sources.kubernetes.credentials import Access, find_access
@@ -58,7 +59,7 @@ from picker.sources.kubernetes.source import KubernetesSource
 from picker.sources.kv_events import KvEventSource
 from picker.sources.kv_snapshot import Snapshots
 from picker.sources.roster import Roster, check_weight
-from picker.sources.scrape import AiohttpFetch, Fetch, ScrapeSource
+from picker.sources.scrape import AiohttpFetch, Fetch, Manners, ScrapeSource, plainly
 from picker.sources.static import parse_endpoint
 from picker.telemetry import Telemetry
 from picker.types import Endpoint, Fact, Role
@@ -66,6 +67,7 @@ from picker.types import Endpoint, Fact, Role
 log = logging.getLogger("picker.app")
 
 CONFIGURATION, ENDPOINTS_FILE = "configuration", "endpoints file"  # who list endpoints
+KUBERNETES = "kubernetes"  # who, beside a configuration, says what models requests get
 _FALLBACKS = 2  # endpoints that a decision names behind the first, unless a profile names more
 
 
@@ -99,10 +101,18 @@ class App:
         self.secret = secret
         self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
         self.discovery = build_discovery(config, clock)
+        self.rewriting = build_rewriting(config)
+        if self.discovery is not None:
+            self.discovery.catalogue.rewrites.on_change = partial(self.rewriting.put, KUBERNETES)
         self.election = build_election(config, clock)
-        self.scrape_key: str | None = None  # and how endpoints are asked for their metrics
-        self.scrape_tls: ssl.SSLContext | bool = True
+        self.manners: Manners = plainly  # in which endpoints are asked for their metrics
+        self.fetch: AiohttpFetch | None = None
+        self.scraper: ScrapeSource | None = None
         self.roster = Roster(CONFIGURATION, ENDPOINTS_FILE)
+        self.endpoints_file = FileSource(_path(config.endpoints_file), terms=self._note_terms)
+        # Told by whom each of the endpoints that an owner lists is shown which key; None: it says nothing of one.
+        self.tell_keys: Callable[[str, Mapping[str, str | None]], None] = lambda owner, keys: None
+        self._listed_weights: dict[str, dict[str, float]] = {}
         self.policy = LivePolicy(*build_policy(config), ChainMap(self.roster.weights, self.roster.listed_weights))
         knowledge = None if self.exact is None else self.exact.knowledge(self._models_of)
         scheduler = build_scheduler(config, knowledge, self.policy)
@@ -111,7 +121,7 @@ class App:
             BlockHasher(secret, config.index.block_bytes),
             self.telemetry,
             clock=clock,
-            limits=build_limits(config, None if self.discovery is None else self.discovery.objectives),
+            limits=self.limits_of(config),
             reader=None if self.exact is None else self.exact.reader(scheduler.is_adapter),
             headers=scheduler.headers,
             queue_timeout=config.queue.timeout_s,
@@ -127,7 +137,7 @@ class App:
 
     def _sources(self) -> list[Source]:
         config = self.config
-        self.runtime.listen(self.roster.observe)
+        self.runtime.listen(self.roster.observe, requests=False)
         if self.discovery is not None:
             return [self.discovery, self.roster]
         if not config.endpoints and config.endpoints_file is None:
@@ -137,18 +147,35 @@ class App:
             )
         self.list_endpoints(config)
         if config.endpoints_file is not None:
-            path = Path(config.endpoints_file)
-            load_endpoints(path)  # a first load that fails is an error of usage, told at once
-            self.roster.follow(ENDPOINTS_FILE, FileSource(path))
+            load_endpoints(Path(config.endpoints_file))  # a first load that fails is an error of usage, told at once
+        self.roster.follow(ENDPOINTS_FILE, self.endpoints_file)
         return [self.roster]
 
     def list_endpoints(self, config: Config) -> None:
         """Have the endpoints of a configuration instead of those listed before; raises ConfigError."""
         endpoints = [(build_endpoint(spec), spec) for spec in config.endpoints]
         self.roster.assign(CONFIGURATION, [endpoint for endpoint, _ in endpoints])
-        weights = {each.name: spec.weight for each, spec in endpoints if isinstance(spec, EndpointSpec)}
+        weights = {each.name: spec.weight if isinstance(spec, EndpointSpec) else 1.0 for each, spec in endpoints}
+        self._list_weights(CONFIGURATION, weights)
+
+    def _note_terms(self, terms: Mapping[str, Terms]) -> None:
+        """How the file of endpoints wants them treated."""
+        self._list_weights(ENDPOINTS_FILE, {name: each.weight for name, each in terms.items()})
+        self.tell_keys(ENDPOINTS_FILE, {name: each.key for name, each in terms.items()})
+
+    def _list_weights(self, owner: str, weights: dict[str, float]) -> None:
+        """Of an endpoint that two list, the configuration's description counts, and with it its weight."""
+        self._listed_weights[owner] = weights
+        merged = self._listed_weights.get(ENDPOINTS_FILE, {}) | self._listed_weights.get(CONFIGURATION, {})
         self.roster.listed_weights.clear()
-        self.roster.listed_weights.update({name: weight for name, weight in weights.items() if weight != 1.0})
+        self.roster.listed_weights.update({name: weight for name, weight in merged.items() if weight != 1.0})
+
+    def limits_of(self, config: Config) -> Limits:
+        """What a request may be, by a configuration whose rewrites are in force from here on."""
+        tell_rewriting(self.rewriting, config)
+        if self.discovery is None:
+            return build_limits(config, rewriting=self.rewriting)
+        return build_limits(config, self.discovery.objectives, self.rewriting)
 
     def _recorder(self) -> Recorder | None:
         if self.config.record is None:
@@ -180,6 +207,7 @@ class App:
             self.telemetry.registry.register(states)
         if self.exact is not None:
             self.telemetry.registry.register(EventMetrics(self._event_counts, self.exact.readings))
+        self.telemetry.registry.register(RewriteMetrics(self.rewriting, compat=self.config.epp.metrics_compat))
 
     def _knows_endpoints(self) -> bool:
         return self.discovery is None or self.discovery.synced.is_set()
@@ -229,14 +257,15 @@ class App:
         Raises the first error of a source or front end: a picker without its ears must not look alive.
         """
         config = self.config.scrape
-        asking = AiohttpFetch(timeout=config.timeout_s, api_key=self.scrape_key, tls=self.scrape_tls)
-        async with asking as fetch, asyncio.TaskGroup() as group:
+        self.fetch = AiohttpFetch(timeout=config.timeout_s, manners=self.manners)
+        async with self.fetch as fetch, asyncio.TaskGroup() as group:
             rng = random.Random(self.config.seed)
             scraper = ScrapeSource(
                 fetch, clock=self.runtime.clock, rng=rng, interval=config.interval_s, busy=self._has_requests
             )
             scraper.health_path = self.config.health.path
-            self.runtime.listen(scraper.observe)
+            self.scraper = scraper
+            self.runtime.listen(scraper.observe, requests=False)
             background = [group.create_task(self._drain_on(stop))]
             if self.exact is not None:
                 background.append(group.create_task(self._hear(self.exact, fetch, rng)))
@@ -268,13 +297,14 @@ class App:
         )
         ingest = exact.ingest(self._models_of)
         self.hearing = Hearing(events, ingest)
+        exact.post.manners = self.manners
         for listener in (exact.post.observe, ingest.observe, events.observe):
-            self.runtime.listen(listener)
+            self.runtime.listen(listener, requests=False)
         async with exact.post, asyncio.TaskGroup() as group:
             group.create_task(ingest.run(self.runtime.emit))
             snapshots = exact.snapshots(self.runtime.scheduler, events, lambda: ingest.idle)
             if snapshots is not None:
-                self.runtime.listen(snapshots.observe)
+                self.runtime.listen(snapshots.observe, requests=False)
                 await snapshots.restore()
                 self.snapshots = snapshots
                 group.create_task(snapshots.run())
@@ -298,7 +328,13 @@ def build_scheduler(config: Config, exact: Exact | None = None, policy: LivePoli
     policy: to decide by instead of the configuration's.
     """
     profile, picker = build_policy(config) if policy is None else (policy, policy.pick)
-    settings = Settings(
+    index = ApproximateIndex(config.index.budget_bytes)
+    return Scheduler(build_settings(config), index, profile, picker, exact, build_saturation(config))
+
+
+def build_settings(config: Config) -> Settings:
+    """The numbers that decisions go by; without a seed in the configuration it is a new one each time."""
+    return Settings(
         block_bytes=config.index.block_bytes,
         max_inflight=config.queue.max_inflight,
         queue_size=config.queue.size,
@@ -314,8 +350,6 @@ def build_scheduler(config: Config, exact: Exact | None = None, policy: LivePoli
         seed=int.from_bytes(os.urandom(4)) if config.seed is None else config.seed,
         fallbacks=max([_FALLBACKS, *((profile.max_endpoints or 1) - 1 for profile in config.profiles)]),
     )
-    index = ApproximateIndex(config.index.budget_bytes)
-    return Scheduler(settings, index, profile, picker, exact, build_saturation(config))
 
 
 def build_policy(config: Config) -> tuple[Profile, Picker]:
@@ -365,6 +399,11 @@ def build_saturation(config: Config) -> Detector | None:
     if config.saturation.detector == "off":
         return None
     return build_detector(config.saturation.detector, config.saturation.parameters)
+
+
+def asks_kubernetes(config: Config) -> bool:
+    """Whether endpoints come from there: none are given by hand."""
+    return config.kubernetes.wanted and not config.endpoints and config.endpoints_file is None
 
 
 def build_discovery(config: Config, clock: Clock) -> KubernetesSource | None:
@@ -417,19 +456,44 @@ def _namespace(config: Config, access: Access) -> str:
     return config.kubernetes.namespace or os.environ.get("NAMESPACE") or access.namespace or "default"
 
 
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def build_limits(config: Config, objectives: Mapping[str, int] | None = None) -> Limits:
-    """What a request may be. objectives: priorities by name where others than the configuration's are known, live."""
+def build_limits(
+    config: Config, objectives: Mapping[str, int] | None = None, rewriting: Rewriting | None = None
+) -> Limits:
+    """What a request may be. objectives: priorities by name where others than the configuration's are known, live.
+
+    rewriting: which models requests get, likewise; left out where nobody will ever say.
+    """
+    silent = not (config.models.rewrites or config.models.rewrite_header or asks_kubernetes(config))
     return Limits(
         max_body_bytes=config.limits.max_body_bytes,
         max_attempts=config.limits.max_attempts,
         name_endpoint=config.limits.name_endpoint,
         objectives=config.objectives if objectives is None else objectives,
         retry_statuses=frozenset(config.retry.statuses),
+        rewriting=None if silent else build_rewriting(config) if rewriting is None else rewriting,
     )
+
+
+def build_rewriting(config: Config) -> Rewriting:
+    """Which models requests get, as far as the configuration says."""
+    rewriting = Rewriting(random.Random(config.seed).random, (KUBERNETES, CONFIGURATION))
+    tell_rewriting(rewriting, config)
+    return rewriting
+
+
+def tell_rewriting(rewriting: Rewriting, config: Config) -> None:
+    """Have the rules of a configuration in force."""
+    models = config.models
+    rewriting.put(CONFIGURATION, [spec.rule for spec in models.rewrites])
+    rewriting.heeds_header = asks_kubernetes(config) if models.rewrite_header is None else models.rewrite_header
 
 
 def build_endpoint(spec: str | EndpointSpec) -> Endpoint:

@@ -149,7 +149,8 @@ class Picked:
     """Where one request goes, and how it went: call `started`, `first_token`, then `finished` or `failed`.
 
     Each counts once, and none waits. endpoint first, then `fallbacks` in order. headers: to be set on the request to
-    `endpoint`. matched_blocks of total_blocks are believed to be cached there.
+    `endpoint`. model: to be asked for instead of the client's, see `body`; None: the client's. matched_blocks of
+    total_blocks are believed to be cached there.
     """
 
     def __init__(self, message: Any, reports: _Reports) -> None:
@@ -157,6 +158,8 @@ class Picked:
         self.endpoint = _endpoint(message.endpoint)
         self.fallbacks = tuple(map(_endpoint, message.fallbacks))
         self.headers: dict[str, str] = dict(message.set_headers)
+        self._rewrite = message.rewrite if message.HasField("rewrite") else None
+        self.model = None if self._rewrite is None else str(self._rewrite.model)
         self.matched_blocks = int(message.matched_blocks)
         self.total_blocks = int(message.total_blocks)
         self.matched_tokens = float(message.matched_tokens)
@@ -165,6 +168,12 @@ class Picked:
         self.candidates = tuple(Candidate(c.endpoint, c.total, dict(c.parts)) for c in message.candidates)
         self._reports = reports
         self._told: set[str] = set()
+
+    def body(self, body: bytes) -> bytes:
+        """The body that was shown to picker as `endpoint` is to get it: with `model`, where there is one."""
+        if self._rewrite is None or not self._rewrite.data:
+            return body
+        return b"".join((body[: self._rewrite.begin], self._rewrite.data, body[self._rewrite.end :]))
 
     @property
     def over(self) -> bool:

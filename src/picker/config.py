@@ -16,6 +16,7 @@ import msgspec
 import yaml
 
 from picker.errors import ConfigError
+from picker.rewrites import Rule, build_rule, match_fault, targets_fault
 
 MIB = 1024 * 1024
 
@@ -39,7 +40,8 @@ AnyPart = TypeVar("AnyPart", bound=Part)
 class EndpointSpec(Part, frozen=True):
     """One endpoint. address: host:port or URL. models: asked from it when empty. role: both, prefill or decode.
 
-    weight: how much faster it is to be taken than it is found. api_key: what the proxy sends it for its clients' keys.
+    weight: how much faster it is to be taken than it is found. api_key: what the proxy sends it for its clients' keys;
+    api_key_file: it in a file, read again when that changes.
     """
 
     address: str
@@ -50,6 +52,7 @@ class EndpointSpec(Part, frozen=True):
     labels: dict[str, str] = {}
     weight: float = 1.0
     api_key: str | None = None
+    api_key_file: str | None = None
 
 
 class ScorerSpec(Part, frozen=True):
@@ -365,17 +368,21 @@ class EppConfig(Part, frozen=True):
 
 
 class AdminConfig(Part, frozen=True):
-    """Metrics, health and debug routes. port null: off. token: bearer token for the debug routes.
+    """Metrics, health and debug routes. port null: off. token: bearer token for the debug routes; token_file: it in a
+    file; $PICKER_ADMIN_KEY where there is neither. Without one they are for programs on the same machine.
 
     Of the proxy, which can be operated there, too: keys_file: as `keys.file`, of those who may; read_only: nobody may,
-    and without a key only then it listens beyond loopback addresses. tls_cert, tls_key: serve it by TLS.
+    and without a key only then it listens beyond loopback addresses. guard_metrics: /metrics wants a key, too.
+    tls_cert, tls_key: serve it by TLS.
     """
 
     host: str = "127.0.0.1"
     port: int | None = 9090
     token: str | None = None
+    token_file: str | None = None
     keys_file: str | None = None
     read_only: bool = False
+    guard_metrics: bool = False
     tls_cert: str | None = None
     tls_key: str | None = None
 
@@ -400,6 +407,64 @@ class ApiConfig(Part, frozen=True):
     def secure(self) -> bool:
         """Whether it is served by TLS."""
         return self.cert_path is not None if self.secure_serving is None else self.secure_serving
+
+
+class ModelMatch(Part, frozen=True):
+    """value: the model's name as requests say it; type: Exact."""
+
+    value: str
+    type: str = "Exact"
+
+
+class Match(Part, frozen=True):
+    """What a rewrite is for; without a model: for every request."""
+
+    model: ModelMatch | None = None
+
+
+class Target(Part, frozen=True):
+    """modelRewrite: the model to ask the endpoint for. weight: its part of the requests, from 1 to 1,000,000."""
+
+    model_rewrite: str = msgspec.field(name="modelRewrite")
+    weight: int | None = None
+
+
+class RewriteSpec(Part, frozen=True):
+    """A rule as in an InferenceModelRewrite. matches: one of them is enough; none: for every request.
+
+    targets: of which one is drawn for each request; either all have a weight or none. name: for people.
+    """
+
+    targets: list[Target]
+    matches: list[Match] = []
+    name: str = "configuration"
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with it, in plain words."""
+        models = [match.model for match in self.matches if match.model is not None]
+        found = [*(match_fault(model.type, model.value) for model in models), targets_fault(self._weighed())]
+        return [fault for fault in found if fault is not None]
+
+    @property
+    def rule(self) -> Rule:
+        """It as it is applied; of one without faults."""
+        matches = [None if match.model is None else match.model.value for match in self.matches]
+        return build_rule(self.name, matches, self._weighed())
+
+    def _weighed(self) -> list[tuple[str, int | None]]:
+        return [(target.model_rewrite, target.weight) for target in self.targets]
+
+
+class ModelsConfig(Part, frozen=True):
+    """rewrites: which models requests get instead of those they name, beside the pool's InferenceModelRewrites.
+
+    rewrite_header: whether a request's `x-llm-d-model-name-rewrite` (or the old `x-gateway-model-name-rewrite`) names
+    its model, whatever the rules say; null: where endpoints come from Kubernetes. Whoever may set that header decides.
+    """
+
+    rewrites: list[RewriteSpec] = []
+    rewrite_header: bool | None = None
 
 
 class Config(Part, frozen=True):
@@ -430,6 +495,7 @@ class Config(Part, frozen=True):
     prefill_profile: str | None = None
     saturation: SaturationConfig = SaturationConfig()
     objectives: dict[str, int] = {}
+    models: ModelsConfig = ModelsConfig()
     seed: int | None = None
     record: str | None = None
     drain_timeout_s: float = 30.0
@@ -456,8 +522,10 @@ def load_config(path: Path | None) -> Config:
         return Config()
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         return parse_config(text)
     except ConfigError as error:
@@ -467,6 +535,10 @@ def load_config(path: Path | None) -> Config:
 def parse_config(text: str) -> Config:
     try:
         values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark
+        place = "" if at is None else f"line {at.line + 1}, column {at.column + 1}: "
+        raise ConfigError(f"not valid YAML: {place}{error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {_one_line(error)}") from None
     return from_values({} if values is None else values)
@@ -536,6 +608,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"health.path: must begin with a slash, got {config.health.path!r}")
     if wrong := [status for status in config.retry.statuses if not 500 <= status <= 599]:
         raise ConfigError(f"retry.statuses: {wrong[0]} is no fault of an endpoint; those are from 500 to 599")
+    for index, rewrite in enumerate(config.models.rewrites):
+        if rewrite.faults:
+            raise ConfigError(f"models.rewrites[{index}]: {rewrite.faults[0]}")
     _check_numbers(config)
 
 
@@ -554,8 +629,12 @@ def _check_pairs(config: Config) -> None:
         raise ConfigError("upstream.key: it belongs to a certificate: set upstream.cert")
     if upstream.api_key is not None and upstream.api_key_file is not None:
         raise ConfigError("upstream.api_key_file: the key is given twice, here and in upstream.api_key")
+    if any(isinstance(each, EndpointSpec) and each.api_key and each.api_key_file for each in config.endpoints):
+        raise ConfigError("endpoints: api_key_file: the key is given twice, here and in api_key")
     if upstream.insecure and upstream.ca is not None:
         raise ConfigError("upstream.insecure: nothing is verified with it; leave out upstream.ca, or this")
+    if admin.token is not None and admin.token_file is not None:
+        raise ConfigError("admin.token_file: the token is given twice, here and in admin.token")
     if config.admin.token == "":
         raise ConfigError("admin.token: an empty token keeps nobody out; leave it out or null for none")
 
@@ -686,6 +765,16 @@ def to_values(config: Config) -> dict[str, Any]:
 
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<where>[^`]*)`)?")
+_TYPES = re.compile(r"Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "keys and values",
+    "null": "null",
+}
 _PLACE = re.compile(r" - at `\$\.?(?P<where>[^`]*)`")
 
 
@@ -697,7 +786,11 @@ def _explain(message: str) -> str:
         return f"{place}: unknown key{_near(key, _keys_at(where))}"
     place_of = _PLACE.search(message)
     where = place_of["where"] if place_of else ""
-    return f"{where or 'configuration'}: {_PLACE.sub('', message)}"
+    said = _PLACE.sub("", message)
+    if typed := _TYPES.fullmatch(said):
+        wanted = " or ".join(_WORDS.get(each, each) for each in typed["wanted"].split(" | "))
+        said = f"must be {wanted}, and is {_WORDS.get(typed['got'], typed['got'])}"
+    return f"{where or 'configuration'}: {said}"
 
 
 def _keys_at(where: str) -> list[str]:
@@ -727,9 +820,14 @@ def _keys_at(where: str) -> list[str]:
         "upstream": UpstreamConfig,
         "admin": AdminConfig,
         "api": ApiConfig,
+        "models": ModelsConfig,
+        "rewrites": RewriteSpec,
+        "matches": Match,
+        "model": ModelMatch,
+        "targets": Target,
     }
     part = sections.get(where.replace("[...]", "").rpartition(".")[2].partition("[")[0], Config)
-    return [field.name for field in msgspec.structs.fields(part)]
+    return [field.encode_name for field in msgspec.structs.fields(part)]
 
 
 def _near(word: str, words: list[str] | tuple[str, ...]) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from picker.envoy import (
+    EXT_PROC_FILTER,
+    EXTENSIONS,
     GATEWAY,
     POOL,
     POOL_IDLE,
@@ -26,12 +28,12 @@ from picker.envoy import (
     http_options,
     router_filter,
     socket_address,
-    strip_control_headers,
     typed,
 )
 from picker.exchange import ENDPOINT_HEADER, REQUEST_HEADER
 from picker.types import Endpoint
-from picker.wire.extproc import DESTINATION, LOAD_BALANCING
+from picker.wire.extproc import CONTROL_HEADERS, DESTINATION, LOAD_BALANCING
+from picker.wire.own_envoy import CARRIED, attributes, carried
 
 # Where a member's name stands among what Envoy knows of it.
 _OURS = "picker"
@@ -41,6 +43,16 @@ _API = "type.googleapis.com/envoy.config."
 _BEYOND = 64 * 1024
 _CREDENTIALS = ("authorization", "x-api-key")
 _CERTIFICATE = "certificate"
+# As old as what picker knows of an endpoint may be by it; twice as seldom saves less than a hundredth of its work.
+_FLUSH = "0.05s"
+_BUFFER = "envoy.filters.http.buffer"
+_ORDER_PREFIXES = (DESTINATION, "x-picker-", "x-envoy-")
+# Headers that decisions may depend on, and no engine is meant to hear.
+WORDS_TO_PICKER = tuple(
+    name
+    for name in CONTROL_HEADERS
+    if name.startswith(("x-llm-d-", "x-gateway-inference-", "x-gateway-model-", "x-slo-"))
+)
 # Of what went wrong before an endpoint answered, or with a request that Envoy cannot read.
 _FLAGS = ("UH", "UF", "UO", "NR", "UR", "UC", "UT", "LR", "SI", "DPE", "UPE", "UMSDR", "NC", "OM")
 
@@ -112,7 +124,10 @@ class Door:
     for the whole of a request; idle_timeout: without one. max_head_bytes, max_headers: of a head. connections: of
     clients at one time. name_endpoint: tell clients who served them. serving: None for plain HTTP. decision: seconds
     that picker may take. authorization: what
-    endpoints get as such instead of what clients say; "": nothing; None: clients' own.
+    endpoints get as such instead of what clients say; "": nothing; None: clients' own. asked: headers that decisions
+    depend on, in lower case, for picker to be told of a request in one message as soon as its body is there; None: in
+    two, its head first, so that nobody without a key has a body kept. via: what requests are sent on with to be known
+    if they come back.
     """
 
     host: str
@@ -132,6 +147,8 @@ class Door:
     serving: Serving | None = None
     asking: Asking = Asking()
     authorization: str | None = None
+    asked: tuple[str, ...] | None = None
+    via: str | None = None
 
 
 # --- configuration -----------------------------------------------------------------------------------------
@@ -177,12 +194,12 @@ def _listener(door: Door, port: int, folder: Folder) -> Json:
         },
         server_header_transformation="PASS_THROUGH",
         # Clients that Envoy takes for internal ones could set its retries and timeouts by header.
-        early_header_mutation_extensions=[strip_control_headers("x-envoy-")],
+        early_header_mutation_extensions=[_strip_orders()],
         preserve_external_request_id=True,
         route_config={"name": GATEWAY, "virtual_hosts": [_virtual_host(door)]},
-        http_filters=[_ask(door), router_filter(suppress_envoy_headers=True)],
+        http_filters=[_ask(door), _hold(door), router_filter(suppress_envoy_headers=True)],
         local_reply_config=_own_words(),
-        access_log=[feedback_log()],
+        access_log=[feedback_log(_FLUSH)],
     )
     chain: Json = {"filters": [manager]}
     if door.serving is not None:
@@ -199,9 +216,41 @@ def _ask(door: Door) -> Json:
     asking = ext_proc_filter(failure_mode_allow=False, lean=True)
     options = asking["typed_config"]
     options["processing_mode"] |= {"request_body_mode": "BUFFERED", "request_trailer_mode": "SKIP"}
+    if door.asked is not None:
+        options["request_attributes"] = attributes(door.asked)  # for all: routes cannot say it
+    options["mutation_rules"] = {"allow_envoy": True}  # for the number of retries
     # How long picker may take to decide, in its queue above all; it answers before.
     options["message_timeout"] = _seconds(door.decision)
     return asking
+
+
+def _strip_orders() -> Json:
+    """Clients do not say where a request goes, or how Envoy is to serve it."""
+    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in _ORDER_PREFIXES]
+    mutations: list[Json] = [{"remove": name} for name in CONTROL_HEADERS if name not in WORDS_TO_PICKER]
+    mutations += [{"remove_on_match": prefix} for prefix in prefixes]
+    return typed(
+        "envoy.http.early_header_mutation.header_mutation",
+        "http.early_header_mutation.header_mutation.v3.HeaderMutation",
+        mutations=mutations,
+    )
+
+
+def _hold(door: Door) -> Json:
+    """Keeps the head of a request from being sent on until picker has seen the body, where it is not shown the head."""
+    limit = door.max_body_bytes + _BEYOND
+    return {**typed(_BUFFER, "filters.http.buffer.v3.Buffer", max_request_bytes=limit), "disabled": True}
+
+
+def _in_one_message(door: Door) -> Json:
+    """For a route of requests that are sure to have a body, and none that is too large."""
+    mode = {"request_header_mode": "SKIP", "request_body_mode": "BUFFERED", "request_trailer_mode": "SKIP"}
+    mode |= {"response_header_mode": "SKIP", "response_body_mode": "NONE", "response_trailer_mode": "SKIP"}
+    overrides = {"processing_mode": mode}
+    asking = {"@type": EXTENSIONS + "filters.http.ext_proc.v3.ExtProcPerRoute", "overrides": overrides}
+    limit = {"max_request_bytes": door.max_body_bytes + _BEYOND}
+    holding = {"@type": EXTENSIONS + "filters.http.buffer.v3.BufferPerRoute", "buffer": limit}
+    return {EXT_PROC_FILTER: asking, _BUFFER: holding}
 
 
 def _own_words() -> Json:
@@ -233,20 +282,35 @@ def _virtual_host(door: Door) -> Json:
     host: Json = {
         "name": POOL,
         "domains": ["*"],
-        "routes": [{"match": {"prefix": "/"}, "route": action}],
+        "routes": _routes(door, action),
+        "request_headers_to_remove": list(WORDS_TO_PICKER),
         # Somewhat more: what is too large by little is refused by picker, in the form of OpenAI's errors.
         "request_body_buffer_limit": door.max_body_bytes + _BEYOND,
     }
+    host["request_headers_to_add"] = [_header(name, carried(name)) for name in CARRIED]
+    if door.via is not None:
+        another = {"header": {"key": "via", "value": door.via}, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
+        host["request_headers_to_add"].append(another)
     if door.authorization is not None:
-        host["request_headers_to_remove"] = [*_CREDENTIALS] if not door.authorization else [_CREDENTIALS[1]]
+        host["request_headers_to_remove"] += [*_CREDENTIALS] if not door.authorization else [_CREDENTIALS[1]]
     if door.authorization:
-        host["request_headers_to_add"] = [_header(_CREDENTIALS[0], door.authorization)]
+        host["request_headers_to_add"].append(_header(_CREDENTIALS[0], door.authorization))
     if door.name_endpoint:
         host["response_headers_to_add"] = [
             _header(ENDPOINT_HEADER, f"%UPSTREAM_METADATA({_OURS}:name)%"),
             _header(REQUEST_HEADER, f"%REQ({REQUEST_HEADER})%"),
         ]
     return host
+
+
+def _routes(door: Door, action: Json) -> list[Json]:
+    everything: Json = {"match": {"prefix": "/"}, "route": action}
+    if door.asked is None:
+        return [everything]
+    size = {"name": "content-length", "range_match": {"start": 1, "end": door.max_body_bytes + 1}}
+    post = {"name": ":method", "string_match": {"exact": "POST"}}
+    whole = {"match": {"prefix": "/", "headers": [post, size]}, "route": action}
+    return [whole | {"typed_per_filter_config": _in_one_message(door)}, everything]
 
 
 def _header(name: str, value: str) -> Json:

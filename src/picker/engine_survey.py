@@ -16,7 +16,7 @@ import aiohttp
 import msgspec
 
 from picker.errors import WireError
-from picker.sources.scrape import MAX_BODY_BYTES
+from picker.sources.scrape import MAX_BODY_BYTES, Manners, plainly, root_of
 from picker.types import Endpoint, ModelsObserved
 from picker.wire.metrics_text import MetricsPage, decode_models, scan_metrics
 
@@ -26,6 +26,8 @@ _PREFIXES = {"vllm:": VLLM, "sglang:": SGLANG, "trtllm_": TRTLLM}
 _OWNERS = {"vllm": VLLM, "sglang": SGLANG, "tensorrt_llm": TRTLLM, "llamacpp": LLAMA_CPP}
 # Longer than a block of any engine, so that the second of two equal prompts has something cached.
 _PROBE = "picker asks what this engine says of its cache. " * 2
+
+LOOP = 508  # what picker's own front end answers to a request of its own
 
 Json = dict[str, Any]
 
@@ -56,14 +58,17 @@ class Found:
 class Surveyor:
     """Asks endpoints. Use as `async with survey(...) as surveyor`."""
 
-    def __init__(self, session: aiohttp.ClientSession, *, timeout: float, probe: bool) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, *, timeout: float, probe: bool, manners: Manners = plainly
+    ) -> None:
         self._session = session
+        self._manners = manners
         self._timeout = timeout
         self._probe = probe
 
     async def ask(self, endpoint: Endpoint) -> Found:
         """What it says, within the timeout; never raises for what an endpoint does."""
-        url = f"{endpoint.scheme}://{endpoint.address}"
+        url = root_of(endpoint)
         try:
             async with asyncio.timeout(self._timeout):
                 return await self._found(endpoint, url)
@@ -72,7 +77,7 @@ class Surveyor:
         except aiohttp.ClientConnectorDNSError:
             return Found(endpoint.name, "no such host")
         except aiohttp.ClientSSLError:
-            return Found(endpoint.name, "its certificate is not to be trusted, or it speaks no TLS")
+            return Found(endpoint.name, "its certificate is not to be trusted (--endpoint-ca), or it speaks no TLS")
         except aiohttp.ClientConnectorError as error:
             refused = isinstance(error.os_error, ConnectionRefusedError)
             return Found(endpoint.name, "connection refused" if refused else "cannot be reached")
@@ -82,7 +87,9 @@ class Surveyor:
     async def _found(self, endpoint: Endpoint, url: str) -> Found:
         status, body = await self._get(url, "/v1/models")
         if status == 401:
-            return Found(endpoint.name, "asks for an API key: --api-key is passed on")
+            return Found(endpoint.name, "asks for an API key: give it by --endpoint-key-file, or as its api_key")
+        if status in (503, LOOP) and (status == LOOP or (await self._get(url, "/metrics"))[0] == LOOP):
+            return Found(endpoint.name, "its address leads back to this gateway")
         if status == 503:
             return Found(endpoint.name, "says that it cannot serve (503)")
         models, owner = _models(body, endpoint.name) if status == 200 else (None, None)
@@ -121,28 +128,28 @@ class Surveyor:
         with contextlib.suppress(TimeoutError):
             async with (
                 asyncio.timeout(self._timeout / 2),
-                self._session.post(f"{url}/v1/completions", json=asked) as got,
+                self._session.post(f"{url}/v1/completions", json=asked, **self._manners(url).arguments(url)) as got,
             ):
                 usage = _object(await got.read()).get("usage") if got.status == 200 else None
                 return isinstance(usage.get("prompt_tokens_details"), dict) if isinstance(usage, dict) else None
         return None  # busy; its answers will show
 
     async def _get(self, url: str, path: str) -> tuple[int, bytes]:
-        async with self._session.get(url + path, allow_redirects=False) as response:
+        given = self._manners(url).arguments(url)
+        async with self._session.get(url + path, allow_redirects=False, **given) as response:
             return response.status, await response.content.read(MAX_BODY_BYTES) if response.status == 200 else b""
 
 
 @contextlib.asynccontextmanager
-async def survey(*, timeout: float = 2.5, api_key: str | None = None, probe: bool = True) -> AsyncIterator[Surveyor]:
-    """timeout: seconds for one endpoint. api_key: shown to endpoints. probe: have a token made."""
-    headers = {"User-Agent": "picker"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
+async def survey(*, timeout: float = 2.5, manners: Manners = plainly, probe: bool = True) -> AsyncIterator[Surveyor]:
+    """timeout: seconds for one endpoint. manners: how each is asked. probe: have a token made."""
     async with aiohttp.ClientSession(
-        headers=headers,
+        headers={"User-Agent": "picker"},
         connector=aiohttp.TCPConnector(limit=64),
         read_bufsize=MAX_BODY_BYTES,
         timeout=aiohttp.ClientTimeout(total=timeout),
     ) as session:
-        yield Surveyor(session, timeout=timeout, probe=probe)
+        yield Surveyor(session, timeout=timeout, probe=probe, manners=manners)
 
 
 def _models(body: bytes, name: str) -> tuple[ModelsObserved | None, str | None]:

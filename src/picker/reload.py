@@ -29,16 +29,17 @@ Raises ConfigError, and `NeedsRestartError` for values that only a new process c
 
 
 class NeedsRestartError(Exception):
-    """The change is possible, and not here."""
+    """The change is possible, and not here; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a new configuration. error: why nothing did."""
+    """What came of a new configuration. error: why nothing did; why: of each key in needs_restart."""
 
     applied: list[str] = field(default_factory=list)
     needs_restart: list[str] = field(default_factory=list)
     error: str | None = None
+    why: dict[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -48,7 +49,8 @@ class Result:
         if self.applied:
             told.append(f"in force: {', '.join(self.applied)}")
         if self.needs_restart:
-            told.append(f"only after a restart: {', '.join(self.needs_restart)}")
+            keys = (f"{key} ({self.why[key]})" if key in self.why else key for key in self.needs_restart)
+            told.append(f"only after a restart: {', '.join(keys)}")
         return "; ".join(told) or "nothing has changed"
 
     def values(self) -> dict[str, Any]:
@@ -59,8 +61,9 @@ class Reload:
     """config: in force. live: what puts keys in force, by dotted keys or sections ("limits", "queue.size").
 
     load: reads the configuration as the command line would. beside: files that are followed on their own (keys,
-    certificates), read again whenever this is; each says whether it had changed. watched: the configuration's file.
-    after: told the configuration in force after each attempt.
+    certificates), read again whenever this is; each says whether it had changed; more may join while this runs.
+    watched: the configuration's file. after: told the configuration in force after each attempt. fixed: why a key or a
+    section cannot change while the process runs; those in `live` can unless they are here, too.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Reload:
         beside: Mapping[str, Callable[[], bool]],
         watched: Path | None = None,
         after: Callable[[Config], None] = lambda config: None,
+        fixed: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.latest: Result | None = None
@@ -79,6 +83,7 @@ class Reload:
         self._beside = beside
         self._watched = watched
         self._after = after
+        self._fixed = fixed or {}
         self._seen = self._state()
 
     async def follow(self, *, interval: float = 1.0) -> None:
@@ -89,7 +94,7 @@ class Reload:
 
     def look(self) -> None:
         """Put in force what has changed in the files since the last time."""
-        for refresh in self._beside.values():
+        for refresh in list(self._beside.values()):
             refresh()
         if self._state() != self._seen:
             self.again()
@@ -97,7 +102,7 @@ class Reload:
     def again(self) -> Result:
         """Read everything again and put it in force as far as possible; never raises."""
         self._seen = self._state()
-        refreshed = [name for name, refresh in self._beside.items() if refresh()]
+        refreshed = [name for name, refresh in list(self._beside.items()) if refresh()]
         try:
             result = self._adopt(self._load(), refreshed)
         except ConfigError as error:
@@ -109,20 +114,30 @@ class Reload:
 
     def _adopt(self, new: Config, refreshed: Sequence[str]) -> Result:
         changed = changes(self.config, new)
+        why = {key: reason for key in changed if (reason := self._reason(key)) is not None}
+        free = [key for key in changed if key not in why]
+        wanted = _merged(self.config, new, free)
         commits: list[Commit] = []
         applied: list[str] = []
         for keys, prepare in self._live.items():
-            ours = [key for key in changed if any(key == each or key.startswith(f"{each}.") for each in keys)]
+            ours = [key for key in free if any(_is_within(key, each) for each in keys)]
             if ours:
                 try:
-                    commits.append(prepare(new))
-                except NeedsRestartError:
+                    commits.append(prepare(wanted))
+                except NeedsRestartError as error:
+                    why |= dict.fromkeys(ours, str(error))
                     continue
                 applied += [key for key in ours if key not in applied]
         for commit in commits:
             commit()
         self.config = _merged(self.config, new, applied)
-        return Result([*refreshed, *applied], [key for key in changed if key not in applied])
+        left = [key for key in changed if key not in applied]
+        return Result([*refreshed, *applied], left, why={key: why[key] for key in left if key in why})
+
+    def _reason(self, key: str) -> str | None:
+        """Why it cannot change, from the longest name that fits."""
+        fitting = [name for name in self._fixed if _is_within(key, name)]
+        return self._fixed[max(fitting, key=len)] if fitting else None
 
     def _state(self) -> tuple[int, int, int]:
         try:
@@ -142,6 +157,11 @@ def changes(before: Config, after: Config) -> list[str]:
         elif old != new:
             found.append(name)
     return found
+
+
+def _is_within(key: str, name: str) -> bool:
+    """Whether a dotted key is this one, or one of this section."""
+    return key == name or key.startswith(f"{name}.")
 
 
 def _merged(old: Config, new: Config, keys: Sequence[str]) -> Config:

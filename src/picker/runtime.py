@@ -13,8 +13,9 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+import msgspec
 
 from picker.core import filters
 from picker.core.scheduler import Scheduler
@@ -29,12 +30,14 @@ from picker.types import (
     Failed,
     FailureReason,
     Finished,
+    FirstToken,
     Outcome,
     Queued,
     Reading,
     Rejection,
     RejectReason,
     Request,
+    ResponseStarted,
     Unread,
     Usage,
 )
@@ -42,6 +45,8 @@ from picker.types import (
 log = logging.getLogger("picker.runtime")
 
 Listener = Callable[[Fact], None]
+
+_OF_REQUESTS = (FirstToken, Finished, ResponseStarted, Failed)
 
 
 class Reader(Protocol):
@@ -56,8 +61,7 @@ class Reader(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct, eq=False, gc=False):
     """What `/debug/decisions/{id}` shows of one request; never its text."""
 
     request: Request
@@ -102,14 +106,15 @@ class Runtime(Gate):
         self.patience = patience
         self._hasher = hasher
         self._reader = reader
-        self._headers = headers
-        self._queue_timeout = queue_timeout
+        self.headers = headers
+        self.queue_timeout = queue_timeout
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self._queued: dict[int, Request] = {}
         self._records: OrderedDict[int, Record] = OrderedDict()
         self._keep = records
         self.reports: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._listeners: list[Listener] = []
+        self._all_ears: list[Listener] = []  # those of them who want to hear of requests
         self._timer: asyncio.TimerHandle | None = None
 
     # front ends
@@ -130,11 +135,13 @@ class Runtime(Gate):
             # Supervision: one bad fact must not end a source or a stream.
             self.telemetry.internal_error("apply")
             log.exception("applying a %s failed; it is ignored", type(fact).__name__)
-        self._note_end(fact, now)
-        self._say_notices()
         self.telemetry.fact(fact)
-        for listener in self._listeners:
+        of_request = isinstance(fact, _OF_REQUESTS)
+        if of_request:
+            self._note_end(fact, now)
+        for listener in self._all_ears if of_request else self._listeners:
             listener(fact)
+        self._say_notices()
         self._poll(now)
 
     def learn(self, facts: Sequence[Fact]) -> None:
@@ -150,9 +157,11 @@ class Runtime(Gate):
         self._say_notices()
         self._poll(now)
 
-    def listen(self, listener: Listener) -> None:
-        """Have every fact handed on after the scheduler has seen it."""
+    def listen(self, listener: Listener, *, requests: bool = True) -> None:
+        """Have every fact handed on after the scheduler has seen it. requests: also those about a single request."""
         self._listeners.append(listener)
+        if requests:
+            self._all_ears.append(listener)
 
     def drain(self) -> None:
         """Take nothing new: every further request is answered 503, what runs goes on."""
@@ -187,11 +196,11 @@ class Runtime(Gate):
 
     def prepare(self, request_id: int, submit: Submit, now: float) -> Request:
         """What the scheduler may know of a call: hashes and sizes, no text."""
-        return prepare(request_id, submit, self._hasher, self._headers, now, self.deadline(now))
+        return prepare(request_id, submit, self._hasher, self.headers, now, self.deadline(now))
 
     def deadline(self, now: float) -> float | None:
         """Until when a request that comes now may wait."""
-        return None if self._queue_timeout is None else now + self._queue_timeout
+        return None if self.queue_timeout is None else now + self.queue_timeout
 
     async def read(self, call: Call) -> Reading | None:
         """The call as the engines will read it; None without exact matching, or where it cannot be read in time."""
@@ -233,6 +242,7 @@ class Runtime(Gate):
             return self._uncharged(request, now)
         if isinstance(outcome, Queued):
             self._queued[request.id] = request
+            self._waiting[request.id] = asyncio.get_running_loop().create_future()
             self._arm()
         else:
             self._settle(request, outcome, now)
@@ -264,6 +274,9 @@ class Runtime(Gate):
                 if (record := self._records.get(request_id)) is not None:
                     record.ended_at, record.status, record.usage = now, status, usage
             case Failed(request_id, reason):
+                # It may have been queued, and nobody have begun to wait.
+                self._queued.pop(request_id, None)
+                self._waiting.pop(request_id, None)
                 if (record := self._records.get(request_id)) is not None:
                     record.ended_at, record.failure = now, reason
             case _:
@@ -273,10 +286,8 @@ class Runtime(Gate):
 
     async def wait(self, request_id: int) -> Outcome:
         """The outcome of a request that was queued, once there is one."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = future
         try:
-            return await future
+            return await self._waiting[request_id]
         finally:
             self._waiting.pop(request_id, None)
             self._queued.pop(request_id, None)
@@ -325,4 +336,5 @@ class Runtime(Gate):
 
 def _bare(request_id: int, submit: Submit, now: float) -> Request:
     """What is known of a request without looking at its prompt."""
-    return Request(request_id, submit.call.model, now, subset=submit.subset, exclude=submit.exclude)
+    call = submit.call
+    return Request(request_id, call.model, now, subset=submit.subset, exclude=submit.exclude, rewritten=call.rewritten)

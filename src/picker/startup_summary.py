@@ -75,18 +75,32 @@ class Summary:
         self._new: dict[str, Endpoint] = {}
         self._silent: dict[str, Endpoint] = {}
         self._come = asyncio.Event()
+        self._known: dict[str, Endpoint] = {}
 
     def observe(self, fact: Fact) -> None:
         """To be shown every fact."""
         match fact:
             case EndpointAdded(endpoint):
-                self._new[endpoint.name] = endpoint
+                self._look_for_twins(endpoint)
+                self._known[endpoint.name] = self._new[endpoint.name] = endpoint
                 self._come.set()
             case EndpointRemoved(name):
+                self._known.pop(name, None)
                 self._new.pop(name, None)
                 self._silent.pop(name, None)
             case _:
                 pass
+
+    def _look_for_twins(self, endpoint: Endpoint) -> None:
+        """One server under two names is taken for two, with twice the room."""
+        if endpoint.rank is not None or self._known.get(endpoint.name) == endpoint:
+            return
+        for each in self._known.values():
+            if each.address == endpoint.address and each.name != endpoint.name and each.rank is None:
+                log.warning(
+                    "endpoints %s and %s have the same address: list it once, or give each a rank if they are ranks",
+                    *(each.name, endpoint.name),
+                )
 
     async def run(self) -> None:
         """Ask and tell until cancelled."""

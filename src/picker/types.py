@@ -7,11 +7,13 @@ monotonic clock and end in `_at`; durations are float seconds. `None` means unkn
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,24 @@ BoolArray = NDArray[np.bool_]
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 NO_BLOCKS: UInt64Array = np.empty(0, dtype=np.uint64)
+
+
+# What every request makes anew is a struct: a frozen dataclass with as many fields takes eight times as long to make.
+
+
+def _repr_without(*hidden: str) -> Callable[[msgspec.Struct], str]:
+    """A `__repr__` that leaves out what nobody may read in a log, or nobody wants to."""
+
+    def told(of: msgspec.Struct) -> str:
+        fields = [f"{name}={getattr(of, name)!r}" for name in of.__struct_fields__ if name not in hidden]
+        return f"{type(of).__name__}({', '.join(fields)})"
+
+    return told
+
+
+def _same(one: msgspec.Struct, other: msgspec.Struct, *, but: str) -> bool:
+    """Whether two of a kind are equal in every field but one."""
+    return all(getattr(one, name) == getattr(other, name) for name in one.__struct_fields__ if name != but)
 
 
 # --- endpoints ---------------------------------------------------------------------------------------------
@@ -65,7 +85,17 @@ class CallKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Rewritten:
+    """That somebody has said which model a request gets; mostly another one than its client asked for.
+
+    asked: the client's name for it, None where it gave none. by: the name of the rewrite, or of the header, that says.
+    """
+
+    asked: str | None
+    by: str
+
+
+class Call(msgspec.Struct, frozen=True, gc=False, eq=False):
     """A client's request as its bytes said it, before anyone decides anything.
 
     prompt: canonical bytes of the leading prompt, the text prefix matching works on (see `wire.openai`).
@@ -73,11 +103,12 @@ class Call:
     prompt_tokens: exact number when the client sent token ids, else None (estimated from bytes).
     salt: the engine's `cache_salt`; two salts never share a prefix. session: id for session affinity.
     body: the whole request body, for reading it as the engine does (`picker.tokenizers`); never logged or changed.
+    rewritten: where `model`, and the body, name what a rewrite says and not what the client did.
     """
 
     kind: CallKind
     model: str | None
-    prompt: bytes = field(default=b"", repr=False)
+    prompt: bytes = b""
     extra_bytes: int = 0
     prompt_tokens: int | None = None
     max_tokens: int | None = None
@@ -86,7 +117,13 @@ class Call:
     salt: str | None = None
     session: str | None = None
     priority: int = 0
-    body: bytes = field(default=b"", repr=False, compare=False)
+    body: bytes = b""
+    rewritten: Rewritten | None = None
+
+    __repr__ = _repr_without("prompt", "body")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Call) and _same(self, other, but="body")
 
 
 class Splits(Protocol):
@@ -123,8 +160,7 @@ class Unread(enum.Enum):
     UNREAD = "unread"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False, eq=False):
     """All that a decision may depend on; no headers, no body, no text.
 
     id: ours, unique in the process; a client's `x-request-id` is for logs only.
@@ -133,12 +169,13 @@ class Request:
     subset: only these addresses ("ip:port" or "ip") may be picked. exclude: endpoint names already tried.
     deadline: leave the queue unserved after this instant. streaming: a first token will be seen before the end.
     headers: of the request, in lower case; only those that the policy has asked for.
+    rewritten: where `model` is what a rewrite says and not what the client did; for those who tell of it.
     """
 
     id: int
     model: str | None
     arrived_at: float
-    block_hashes: UInt64Array = field(default_factory=lambda: NO_BLOCKS)
+    block_hashes: UInt64Array = NO_BLOCKS
     prompt_bytes: int = 0
     extra_bytes: int = 0
     prompt_tokens: int | None = None
@@ -150,7 +187,10 @@ class Request:
     subset: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
     deadline: float | None = None
-    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS, repr=False)
+    headers: Mapping[str, str] = NO_HEADERS
+    rewritten: Rewritten | None = None
+
+    __repr__ = _repr_without("headers")
 
 
 # --- what is decided ---------------------------------------------------------------------------------------
@@ -165,8 +205,7 @@ class Candidate:
     parts: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ranking:
+class Ranking(msgspec.Struct, frozen=True, gc=False, eq=False):
     """What a profile thought of every candidate.
 
     names: the pool's names by row, shared and never written. rows: (n,) pool rows of the candidates.
@@ -190,8 +229,7 @@ class Ranking:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Where a request goes. `endpoint` first, then `fallbacks` in order of preference.
 
     matched_blocks of total_blocks are believed to be cached there; matched_tokens and prompt_tokens are
@@ -207,7 +245,12 @@ class Decision:
     prompt_tokens: float = 0.0
     waited: float = 0.0
     charged: bool = True
-    ranking: Ranking | None = field(default=None, repr=False, compare=False)
+    ranking: Ranking | None = None
+
+    __repr__ = _repr_without("ranking")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decision) and _same(self, other, but="ranking")
 
 
 class RejectReason(enum.Enum):
@@ -399,8 +442,7 @@ class EventsChanged:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Token counts as the engine reported them; cached_tokens is None where it does not say."""
 
     prompt_tokens: int
@@ -408,8 +450,7 @@ class Usage:
     cached_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseStarted:
+class ResponseStarted(msgspec.Struct, frozen=True, gc=False):
     """Response headers arrived. served_by: the address that answered, if the data plane says so."""
 
     request_id: int
@@ -417,15 +458,13 @@ class ResponseStarted:
     served_by: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(msgspec.Struct, frozen=True, gc=False):
     """The first output token left the engine: its prefill is done."""
 
     request_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, gc=False):
     """The response ended as the engine meant it to, whatever its status."""
 
     request_id: int
@@ -449,8 +488,7 @@ class FailureReason(enum.Enum):
         return self not in (FailureReason.CLIENT_GONE, FailureReason.SHUTDOWN, FailureReason.UNHEARD)
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, gc=False):
     request_id: int
     reason: FailureReason
 
@@ -479,6 +517,44 @@ class PrefixHeld:
     block_hashes: UInt64Array
 
 
+class LateFirstToken(msgspec.Struct, frozen=True, gc=False):
+    """As `FirstToken`, of another replica's request, heard too late to tell how long it took."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointLessons:
+    """What was learned of one endpoint. prefill, decode: what its samples should have taken, and what they took.
+
+    trust: share of predicted blocks that were there. announced, effective: blocks it says that it holds, and blocks it
+    is found to; infinite where not known. recent: requests of about the last half minute.
+    """
+
+    name: str
+    prefill: tuple[float, float] = (0.0, 0.0)
+    decode: tuple[float, float] = (0.0, 0.0)
+    trust: float = 1.0
+    announced: float = math.inf
+    effective: float = math.inf
+    recent: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lessons:
+    """What another replica has learned. Of each quantity, what rests on more counts: its, or ours.
+
+    prefill, decode: (n, f + 1) the latest samples of each size, features and then seconds. ratios: numerator and
+    denominator of what was seen, by name. rates: (events, faded, seconds they were watched), by name.
+    """
+
+    prefill: Mapping[int, FloatArray]
+    decode: Mapping[int, FloatArray]
+    ratios: Mapping[str, tuple[float, float]]
+    rates: Mapping[str, tuple[float, float]]
+    endpoints: tuple[EndpointLessons, ...] = ()
+
+
 Fact = (
     EndpointAdded
     | EndpointRemoved
@@ -497,4 +573,6 @@ Fact = (
     | Failed
     | Booked
     | PrefixHeld
+    | LateFirstToken
+    | Lessons
 )

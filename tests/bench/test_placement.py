@@ -1,11 +1,13 @@
 """Which core is whose."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
 
-from picker.bench.placement import Placement, pinned, placement
+from picker.bench.placement import Placement, move, pinned, placement
 
 
 @pytest.mark.parametrize("cores", [(), (3,)])
@@ -27,3 +29,12 @@ def test_pinning_ends_with_its_block() -> None:
     with pinned({min(before)}):
         assert os.sched_getaffinity(0) == {min(before)}
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not pin")
+def test_a_process_that_runs_already_is_moved() -> None:
+    one = min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        move(process.pid, {one})
+        assert os.sched_getaffinity(process.pid) == {one}
+        process.communicate(b"\n")

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from picker.bench import peers
-from picker.bench.proxy import COLUMNS, rows
+from picker.bench.proxy import COLUMNS, Way, _own, has_envoy, rows
 from picker.commands.bench import command
 
 CONTRACT = {
@@ -25,14 +25,16 @@ def test_every_way_gets_a_row_with_the_keys_of_the_contract(tmp_path: Path, monk
     broken.chmod(0o755)
     warnings: list[str] = []
     found = asyncio.run(rows(prompt_bytes=[512], chunks=[0, 2], seconds=0.05, repeats=1, warn=warnings.append))
-    assert [(row["name"], row["chunks"]) for row in found] == [
-        ("direct", 0),
-        ("picker", 0),
-        ("direct", 2),
-        ("picker", 2),
-    ]
+    behind_envoy = ["picker+envoy"] if has_envoy() else []
+    ways = ["direct", "picker", *behind_envoy]
+    assert [(row["name"], row["chunks"]) for row in found] == [(name, chunks) for chunks in (0, 2) for name in ways]
     assert all(row.keys() >= CONTRACT | set(COLUMNS) for row in found)
-    direct, picker = found[:2]
+    direct, picker, *through_envoy = found[: len(ways)]
+    assert direct["envoy_cpu_us_per_request"] is picker["envoy_cpu_us_per_request"] is None
+    for row in through_envoy:
+        assert row["cpu_us_per_request"] > 0
+        assert row["envoy_cpu_us_per_request"] > 0
+        assert row["envoy_rss_mb"] > 1
     assert (direct["cpu_us_per_request"], direct["added_p50_ms"], direct["rss_mb"]) == (None, None, None)
     assert picker["cpu_us_per_request"] > 0
     assert picker["half_added_p99_ms"] is not None
@@ -41,6 +43,14 @@ def test_every_way_gets_a_row_with_the_keys_of_the_contract(tmp_path: Path, monk
     (warning,) = warnings
     assert warning.startswith("smg is left out")
     assert "out of order" in warning
+
+
+def test_the_cpu_of_a_gateway_is_told_apart_from_that_of_its_envoy() -> None:
+    assert Way((1,), 10, envoy=11).processes == {"gateway": 10, "envoy": 11}
+    assert Way((1,), 10).processes == {"gateway": 10}
+    assert not Way((1,), None).processes
+    assert _own({"gateway": 5.0, "envoy": 3.0}) == 2.0
+    assert _own({}) is None
 
 
 @pytest.mark.parametrize("wrong", ["--seconds=0", "--repeats=0", "--prompt-bytes=10", "--chunks=-1"])

@@ -1,6 +1,6 @@
 import math
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,7 +92,7 @@ def test_one_hang_spoils_neither_what_is_known_of_the_pool_nor_of_the_endpoint()
             sample = prefill(rng, row=number % 4)
             calm.first_token(sample, merged=False)
             late = sample.seconds + (60.0 if number == at else 0.0)
-            hung.first_token(replace(sample, seconds=late), merged=False)
+            hung.first_token(msgspec.structs.replace(sample, seconds=late), merged=False)
             for model in (calm, hung):
                 model.finished(number % 4, seconds=2.0, tokens=100, decodes=5, context=5000.0)
             assert hung.work(4000.0, 4000.0) == pytest.approx(calm.work(4000.0, 4000.0), rel=0.5), (at, number)
@@ -166,7 +166,7 @@ def test_what_an_endpoint_had_begun_when_it_left_is_not_put_down_to_the_next_in_
     sample = FirstTokenSample(0, 30.0, 100.0, 100.0, was_idle=False)
     learned.first_token(sample, merged=False)
     learned.forget(0)
-    learned.first_token(replace(sample, seconds=0.1), merged=False)
+    learned.first_token(msgspec.structs.replace(sample, seconds=0.1), merged=False)
     assert learned.prefill.count == 0
 
 

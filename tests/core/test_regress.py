@@ -94,6 +94,13 @@ def test_many_short_samples_leave_the_slope_that_the_long_ones_have_shown(prior_
     assert subject.coefficients[1] == pytest.approx(slope, rel=within)
 
 
+def test_errors_too_small_to_be_squared_leave_nobody_out() -> None:
+    subject = Regression(np.array([0.0, 1.0]), np.array([1.0, 1.0]))
+    for _ in range(8):
+        subject.add((0.0, 1e-170), 2e-170)
+    assert np.isfinite(subject.coefficients).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     samples=st.lists(

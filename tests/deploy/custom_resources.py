@@ -129,7 +129,7 @@ _HEALTH = closed(
         checkIntervalSec=WHOLE,
         config=closed(
             type=one_of("HTTP", "GRPC"),
-            httpHealthCheck=closed(requestPath=TEXT, port=PORT),
+            httpHealthCheck=closed("portSpecification", portSpecification=one_of("USE_SERVING_PORT"), requestPath=TEXT),
             grpcHealthCheck=closed(portSpecification=one_of("USE_FIXED_PORT"), port=PORT, grpcServiceName=TEXT),
         ),
     ),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
-from deploy.rendered import KUBERNETES, ROOT, deployment, overlay
+from deploy.rendered import KUBERNETES, ROOT, deployment, overlay, picker
 from picker import __version__
 from picker.__main__ import COMMANDS
 
@@ -78,7 +79,7 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [".git", ".venv", "tests", "deploy", "bench/results", "src/picker/__pycache__", "docs"]
+    "path", [".git", ".venv", "tests", "deploy/helm", "bench/results", "src/picker/__pycache__", "docs"]
 )
 def test_nothing_else_is_sent_to_the_builder(path: str) -> None:
     assert ignored(path)
@@ -111,9 +112,39 @@ def test_what_the_wheel_is_made_of_is_copied() -> None:
     assert all(any(path == each or path.startswith(f"{each}/") for each in copied) for path in needed)
 
 
+def test_everything_that_is_installed_is_of_a_version() -> None:
+    installed = [each for rest in values("RUN", 0) for each in rest.split("&&") if "pip install" in each]
+    assert len(installed) == 2
+    assert all("--constraint constraints.txt" in each for each in installed)
+    assert "deploy/constraints.txt ./" in values("COPY", 0)
+    assert any("pip wheel --no-deps --no-build-isolation" in rest for rest in values("RUN", 0))
+
+
+def test_bytecode_is_looked_for_where_it_was_written() -> None:
+    written, looked_for = (re.search(r"PYTHONPYCACHEPREFIX=(\S+)", " ".join(values("ENV", stage))) for stage in (0, -1))
+    assert written is not None
+    assert looked_for is not None
+    assert written[1] == looked_for[1]
+    assert written[1].startswith("/picker/")
+
+
+def test_the_ports_that_pods_open_are_exposed() -> None:
+    opened = {port["containerPort"] for port in picker(overlay("istio"))["ports"]}
+    assert opened <= set(map(int, values("EXPOSE")[0].split()))
+
+
 def test_the_extras_exist() -> None:
     (extras,) = [rest.partition("=")[2] for rest in values("ARG", 0)]
     assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize("extras", ["exact,redis", "exact", ""])
+def test_any_extras_and_none_can_be_asked_for(extras: str) -> None:
+    (asked,) = re.findall(r'"(\S+\[\$\{EXTRAS\}\][^"]*\))"', " ".join(values("RUN", 0)))
+    requirement = Requirement(asked.replace("${EXTRAS}", extras).replace("$(ls /wheels/*.whl)", "/wheels/picker.whl"))
+    assert requirement.name == PROJECT["project"]["name"]
+    assert requirement.extras == {each for each in extras.split(",") if each}
+    assert requirement.url == "file:///wheels/picker.whl"
 
 
 def test_the_version_is_pickers_everywhere() -> None:

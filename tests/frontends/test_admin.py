@@ -42,7 +42,7 @@ async def ask(runtime: Runtime) -> int:
 @asynccontextmanager
 async def admin(runtime: Runtime, token: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(Admin(runtime, token=token).app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:9090") as client:
         yield client
 
 
@@ -102,6 +102,20 @@ async def test_draining_endpoints_do_not_make_it_ready() -> None:
         answer = await client.get("/readyz")
         assert (answer.status_code, answer.json()["ready"]) == (503, False)
         assert answer.json()["reason"] == "every known endpoint is unhealthy or draining"
+
+
+async def test_a_replica_that_is_still_being_told_what_others_know_is_not_ready() -> None:
+    runtime = runtime_of(fakes.scheduler("a"))
+    settled = False
+    runtime.reports["replicas"] = lambda: {"settled": settled}
+    async with admin(runtime) as client:
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["reason"]) == (
+            503,
+            "the other replicas have not told yet what they know",
+        )
+        settled = True
+        assert (await client.get("/readyz")).status_code == 200
 
 
 async def test_a_draining_gateway_is_not_ready() -> None:
@@ -268,3 +282,49 @@ async def test_it_is_served_on_a_socket() -> None:
         group.create_task(Admin(runtime_of(fakes.scheduler("a"))).serve(listener, stop))
         assert (await client.get(f"{url}/readyz")).status_code == 200
         stop.set()
+
+
+# --- who may look ------------------------------------------------------------------------------------------
+
+DEBUG = ("/debug/endpoints", "/debug/decisions", "/debug/decisions/1")
+
+
+async def statuses(
+    *paths: str, peer: str = "10.0.0.9", host: str = "10.0.0.1:9090", key: str | None = None, **options: Any
+) -> list[int]:
+    made = Admin(runtime_of(fakes.scheduler("a")), **options)
+    transport = httpx.ASGITransport(made.app, client=(peer, 1234))
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        return [(await client.get(path, headers=headers)).status_code for path in paths]
+
+
+async def test_without_a_key_other_machines_see_metrics_and_health_alone() -> None:
+    assert await statuses(*DEBUG) == [403, 403, 403]
+    assert await statuses("/metrics", "/healthz", "/readyz") == [200, 200, 200]
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+async def test_without_a_key_programs_on_this_machine_see_all_and_web_pages_do_not(peer: str) -> None:
+    assert await statuses("/debug/endpoints", peer=peer, host="localhost:9090") == [200]
+    assert await statuses("/debug/endpoints", peer=peer, host="evil.example:9090") == [403]
+
+
+async def test_without_a_key_it_is_the_address_that_counts_and_not_what_a_request_says() -> None:
+    assert await statuses(*DEBUG, host="localhost:9090") == [403, 403, 403]
+
+
+async def test_with_a_key_it_is_from_wherever_it_comes() -> None:
+    assert await statuses("/debug/endpoints", token="t", key="t") == [200]
+    assert await statuses("/debug/endpoints", token="t", key="wrong") == [401]
+    assert await statuses("/debug/endpoints", token="t", peer="127.0.0.1", host="localhost:9090") == [401]
+
+
+async def test_read_only_without_a_key_is_for_everybody() -> None:
+    assert await statuses(*DEBUG[:2], read_only=True) == [200, 200]
+
+
+async def test_metrics_may_be_kept_to_those_with_a_key() -> None:
+    assert await statuses("/metrics", "/healthz", token="t", guard_metrics=True) == [401, 200]
+    assert await statuses("/metrics", token="t", key="t", guard_metrics=True) == [200]
+    assert await statuses("/metrics", guard_metrics=True) == [403]

@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry
 
 import fakes
 from fakes import ManualClock
-from frontends.api_rig import CALLS, fails, finished, first_token, hello, rig, started
+from frontends.api_rig import BODY, CALLS, fails, finished, first_token, hello, rig, started
 from picker.exchange import Limits
 from picker.frontends.certificates import Certificates, self_signed
 from picker.frontends.extproc import ExtProc
 from picker.prefix.blocks import BlockHasher
+from picker.rewrites import Rewriting, build_rule
 from picker.runtime import Runtime
 from picker.telemetry import Telemetry
 from picker.types import (
@@ -31,6 +32,7 @@ from picker.types import (
     FirstToken,
     HealthObserved,
     ResponseStarted,
+    Rewritten,
     Usage,
 )
 from picker.wire.api import SERVICE
@@ -248,6 +250,37 @@ async def test_headers_say_what_they_say_elsewhere() -> None:
         record = this.runtime.record(int(picked.id.partition("-")[0]))
         assert record is not None
         assert (record.request.session, record.request.priority) == ("s", -5)
+
+
+# --- another model than the one that is named --------------------------------------------------------------
+
+
+def rewriting() -> Rewriting:
+    made = Rewriting(lambda: 0.0, ("configuration",))
+    made.put("configuration", [build_rule("canary", ("chat",), [("m", 1)])])
+    return made
+
+
+async def test_a_gateway_is_told_what_to_change_of_a_body() -> None:
+    body = BODY.replace(b'"model": "m"', b'"model": "chat"')
+    async with rig(limits=Limits(rewriting=rewriting())) as this:
+        picked = await this.pick(body)
+        change = picked.rewrite
+        assert change.model == "m"
+        assert body[: change.begin] + change.data + body[change.end :] == BODY
+        assert not (await this.pick()).HasField("rewrite")
+
+
+async def test_features_are_for_the_target_and_share_what_is_cached_of_it() -> None:
+    async with rig(limits=Limits(rewriting=rewriting())) as this:
+        first = await this.features(model="m", prompt=b"Once upon a time " * 60)
+        await this.report(finished(first))
+        second = await this.features(model="chat", prompt=b"Once upon a time " * 60)
+        assert (second.rewrite.model, second.rewrite.data) == ("m", b"")
+        assert (second.endpoint, second.matched_blocks) == (first.endpoint, 3)
+        record = this.runtime.record(int(second.id.partition("-")[0]))
+        assert record is not None
+        assert record.request.rewritten == Rewritten("chat", "canary")
 
 
 # --- the same as behind Envoy ------------------------------------------------------------------------------

@@ -221,3 +221,41 @@ async def test_a_peer_that_speaks_something_else_is_cut_off() -> None:
         writer.write(b"GET / HTTP/1.1\r\n\r\n")
         assert len(await reader.read()) > 0  # our settings and a farewell, then the end
         writer.close()
+
+
+# --- calls that are answered without a task ----------------------------------------------------------------
+
+
+async def test_a_call_may_be_answered_by_its_first_message_or_be_left_to_its_handler() -> None:
+    def early(call: Call, message: bytes) -> bool:
+        if message == b"now":
+            call.answer(b"early " + message)
+            return True
+        return False
+
+    async with rig() as this:
+        this.server.early = {"/t/echo": early}
+        for message, reply in ((b"now", b"early now"), (b"later", b"later"), (b"now", b"early now")):
+            call = this.call("echo")
+            await call.write(message)
+            assert await call.read() == reply
+            await call.done_writing()
+            assert await call.code() is grpc.StatusCode.OK
+        assert not [each for connection in this.server.connections for each in connection.calls]
+
+
+async def test_a_call_that_ends_before_its_first_message_is_the_handlers_or_nobodys() -> None:
+    async with rig() as this:
+        this.server.early = {"/t/echo": lambda call, message: False, "/t/hang": lambda call, message: False}
+        call = this.call("echo")
+        await call.done_writing()
+        assert await call.code() is grpc.StatusCode.OK
+        given_up = this.call("hang")
+        await given_up.wait_for_connection()
+        async with asyncio.timeout(5.0):
+            while not any(connection.calls for connection in this.server.connections):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            given_up.cancel()
+            while any(connection.calls for connection in this.server.connections):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert this.ended == []

@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable
 from typing import cast
 
-from picker.frontends.leash import Leash
+import pytest
+
+from picker.frontends.leash import Leash, Watch
 from picker.types import FailureReason
 
 TIMEOUT, CLIENT_GONE = FailureReason.TIMEOUT, FailureReason.CLIENT_GONE
@@ -68,9 +70,13 @@ class CountingTask:
 
 
 class Held:
-    def __init__(self) -> None:
-        self.loop, self.task = ManualLoop(), CountingTask()
-        self.leash = Leash(cast("asyncio.Task[None]", self.task), cast(asyncio.AbstractEventLoop, self.loop))
+    """A task on a leash; `another` shares its loop and watch."""
+
+    def __init__(self, another: Held | None = None) -> None:
+        self.loop: ManualLoop = another.loop if another else ManualLoop()
+        self.watch: Watch = another.watch if another else Watch(cast(asyncio.AbstractEventLoop, self.loop))
+        self.task = CountingTask()
+        self.leash = Leash(cast("asyncio.Task[None]", self.task), self.watch)
 
 
 def test_a_wait_that_takes_too_long_is_cancelled_with_its_blame() -> None:
@@ -140,32 +146,67 @@ def test_the_first_reason_stays_and_cancels_once() -> None:
     assert (held.task.cancelling, held.leash.reason) == (1, CLIENT_GONE)
 
 
-def test_after_its_release_it_pulls_nothing_and_leaves_no_timer() -> None:
+def test_after_its_release_it_pulls_nothing() -> None:
     held = Held()
     held.leash.within(1.0, TIMEOUT)
     held.leash.release()
-    assert held.loop.pending == 0
     held.leash.pull()
     held.loop.advance(2.0)
     assert (held.task.cancelling, held.leash.reason) == (0, None)
+    assert held.loop.pending == 0
 
 
-def test_a_far_deadline_is_held_to_although_the_alarm_looks_in_between() -> None:
+def test_a_closed_watch_leaves_no_timer() -> None:
     held = Held()
-    held.leash.within(600.0, TIMEOUT)
-    held.loop.advance(599.9)
-    assert held.leash.reason is None
-    held.loop.advance(0.1)
-    assert held.leash.reason is TIMEOUT
+    held.leash.within(1.0, TIMEOUT)
+    held.watch.close()
+    assert held.loop.pending == 0
 
 
-def test_a_sooner_deadline_needs_no_timer_while_both_are_far() -> None:
-    held = Held()
-    held.leash.within(600.0, TIMEOUT)
-    held.leash.within(300.0, CLIENT_GONE)
-    assert held.loop.timers == 1
-    held.loop.advance(300.0)
-    assert held.leash.reason is CLIENT_GONE
+def test_many_requests_share_few_timers() -> None:
+    first = Held()
+    for _ in range(1000):
+        held = Held(first)
+        held.leash.within(10.0, TIMEOUT)
+        first.loop.advance(0.05)
+        held.leash.release()
+    assert first.loop.timers < 10
+
+
+def test_each_of_many_is_held_to_its_own_deadline() -> None:
+    first = Held()
+    every = [first, *(Held(first) for _ in range(9))]
+    for number, held in enumerate(reversed(every)):
+        held.leash.within(10.0 - number, TIMEOUT)
+    for number, held in enumerate(every, start=1):
+        assert held.leash.reason is None
+        first.loop.advance(float(number) - first.loop.now)
+        assert held.leash.reason is TIMEOUT
+
+
+def test_deadlines_one_upon_another_are_looked_at_together_a_moment_later() -> None:
+    first = Held()
+    every = [first, *(Held(first) for _ in range(99))]
+    for number, held in enumerate(every):
+        held.leash.within(1.0 + number * 1e-4, TIMEOUT)
+    first.loop.advance(1.0 + 0.01 + 0.01)
+    assert all(held.leash.reason is TIMEOUT for held in every)
+    assert first.loop.timers < 5
+
+
+def test_one_that_fails_when_its_time_is_over_leaves_the_others_watched() -> None:
+    first = Held()
+    second = Held(first)
+    for held in (first, second):
+        held.leash.within(1.0, TIMEOUT, lambda: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            first.loop.advance(1.0)
+    first.loop.advance(1.0)
+    third = Held(first)
+    third.leash.within(1.0, TIMEOUT)
+    first.loop.advance(1.0)
+    assert third.leash.reason is TIMEOUT
 
 
 def test_when_the_time_is_over_whoever_knows_better_is_asked() -> None:

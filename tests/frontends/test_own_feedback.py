@@ -9,7 +9,7 @@ import pytest
 from picker.access_log import RequestLog
 from picker.exchange import RequestHead
 from picker.frontends.keys import Allowance, Keyring, named_key
-from picker.frontends.own_feedback import OwnFeedback, OwnPorter
+from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
 from picker.types import Decision, Endpoint, Fact, FailureReason, ResponseStarted
 from picker.wire.als import Ended
 
@@ -44,7 +44,7 @@ def ended(mark: str = "1", **more: Any) -> Ended:
 
 
 def feedback(gate: Gate, porter: OwnPorter, names: dict[str, str] | None = None) -> OwnFeedback:
-    made = OwnFeedback(cast(Any, gate), lambda decision: 1.0, names or {}, porter)
+    made = OwnFeedback(cast(Any, gate), lambda decision: 1.0, names or {}, porter, RetryWatch(lambda: (0.2, 10.0)))
     made.expect(Decision(1, Endpoint("a", "a:80")), "", 0.0)
     return made
 
@@ -114,3 +114,45 @@ def test_the_access_log_has_what_envoy_measured(tmp_path: Path) -> None:
     (line,) = map(json.loads, (tmp_path / "log").read_text().splitlines())
     assert (line["client"], line["request_id"], line["key"]) == ("10.0.0.9", "abc", "team")
     assert (line["ttft_s"], line["duration_s"], line["attempts"]) == (0.1, 1.0, 2)
+
+
+# --- retries -----------------------------------------------------------------------------------------------
+
+
+def test_retries_are_for_a_share_of_the_requests_of_late_and_a_few_besides() -> None:
+    watch = RetryWatch(lambda: (0.2, 10.0))
+    assert watch.allowed(0.0)
+    for _ in range(100):
+        watch.count(0, 1.0)
+    for _ in range(29):
+        watch.count(1, 1.0)
+    assert watch.allowed(1.0)
+    for _ in range(9):
+        watch.count(1, 1.0)
+    assert not watch.allowed(1.0)
+    assert watch.allowed(60.0)
+
+
+def test_no_ratio_is_no_limit_and_a_new_one_is_in_force_at_once() -> None:
+    allowances: list[tuple[float | None, float]] = [(None, 0.0)]
+    watch = RetryWatch(lambda: allowances[0])
+    watch.count(50, 0.0)
+    assert watch.allowed(0.0)
+    allowances[0] = (0.0, 10.0)
+    assert not watch.allowed(0.0)
+
+
+def test_what_the_log_tells_of_attempts_is_counted() -> None:
+    gate, watch = Gate(), RetryWatch(lambda: (0.0, 2.0))
+    heard = OwnFeedback(cast(Any, gate), lambda decision: 1.0, {}, OwnPorter(keyring(), None), watch)
+    heard.hear(ended(attempts=1))
+    assert watch.allowed(0.0)
+    heard.hear(ended(attempts=3))
+    assert not watch.allowed(0.0)
+
+
+def test_the_limit_of_a_body_is_that_of_its_key() -> None:
+    porter = OwnPorter(keyring(max_body_bytes=5), None)
+    assert porter.body_limit(1) is None
+    assert porter.came(1, head()) is None
+    assert porter.body_limit(1) == 5

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from frontends.fake_upstream import (
     DONE,
     EVENT,
     RefusingPort,
+    answer_ok,
     served_proxy,
     upstream,
 )
@@ -228,6 +231,29 @@ async def test_a_connection_serves_one_request_after_another() -> None:
 # --- headers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ask", [ASK, ASK | {"stream": True}], ids=["json", "stream"])
+async def test_what_a_request_leaves_behind_waits_for_no_collection(client: httpx.AsyncClient, ask: Any) -> None:
+    async def script(request: web.Request, body: bytes) -> web.StreamResponse:
+        if "stream" not in ask:
+            return await answer_ok(request, body)
+        response = await start_stream(request)
+        await response.write(DONE)
+        return response
+
+    kinds = ("_Passage", "Exchange", "Leash", "Reply", "Client")
+    async with upstream(script) as endpoint, served_proxy(endpoint.address) as proxy:
+        await client.post(proxy.url + PATH, json=ask)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                assert (await client.post(proxy.url + PATH, json=ask)).status_code == 200
+            alive = Counter(kind.__name__ for kind in map(type, gc.get_objects()) if kind.__name__ in kinds)
+        finally:
+            gc.enable()
+    assert max(alive.values()) == 1, f"a connection remembers its last request: {alive}"
+
+
 async def test_hop_by_hop_and_control_headers_stay_behind(client: httpx.AsyncClient) -> None:
     kept = {"authorization": "Bearer k", "x-custom": "1", "accept-encoding": "br", "x-gateway-inference-objective": "o"}
     dropped = {
@@ -257,7 +283,8 @@ async def test_nothing_is_said_that_the_client_did_not_say() -> None:
         await raw_exchange(proxy.port, request)
         (seen,) = endpoint.seen
         names = {name.lower() for name, _ in seen.headers}
-        assert names == {"host", "content-length", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+        forwarding = {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+        assert names == {"host", "content-length", "x-request-id", "via"} | forwarding
 
 
 async def test_forwarding_is_told_and_what_an_outer_proxy_said_is_kept(client: httpx.AsyncClient) -> None:

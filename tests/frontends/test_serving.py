@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from picker.errors import ConfigError
-from picker.frontends.serving import EXTENSION, Client, listen, port_of, serve
+from picker.frontends.serving import EXTENSION, Client, ClientConnection, listen, port_of, serve
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
@@ -53,6 +54,25 @@ async def test_it_answers_until_it_is_stopped_and_leaves_signals_alone() -> None
         assert await reader.read() == b"", "an idle connection is closed at once"
         writer.close()
     listen("127.0.0.1", port).close()
+
+
+async def test_who_runs_when_it_stops_gets_the_time_that_is_said_by_then() -> None:
+    begun, seconds = asyncio.Event(), [3600.0]
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    listener, stop = listen("127.0.0.1", 0), asyncio.Event()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(serve(endless, listener, stop, grace=lambda: seconds[0]))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
+        writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        await begun.wait()
+        seconds[0] = 0.0
+        stop.set()
+        await reader.read()
+        writer.close()
 
 
 @pytest.mark.parametrize("accepted", [True, False])
@@ -113,6 +133,32 @@ async def served(app: Any = hello) -> AsyncIterator[tuple[asyncio.StreamReader, 
         yield reader, writer
         writer.close()
         stop.set()
+
+
+async def until_it_leaves(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    assert (await receive())["type"] == "http.disconnect"
+
+
+@pytest.mark.parametrize("app", [hello, until_it_leaves], ids=["idle", "asking"])
+async def test_a_connection_that_has_ended_waits_for_no_collection(app: Any) -> None:
+    def alive() -> int:
+        return sum(type(each) is ClientConnection for each in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        for _ in range(3):
+            async with served(app) as (reader, writer):
+                writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+                if app is hello:
+                    await reader.readuntil(b"hi")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert alive() == before
+    finally:
+        gc.enable()
 
 
 async def test_a_head_without_end_is_refused() -> None:
@@ -275,8 +321,8 @@ async def test_head_and_body_go_out_in_one_write() -> None:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         client: Client = scope["extensions"][EXTENSION]["client"]
-        transport = client._cycle.transport
-        client._cycle.transport = Recorder(transport, written)  # type: ignore[assignment]
+        transport = client.transport
+        client.transport = Recorder(transport, written)  # type: ignore[assignment]
         client.start(200, [(b"content-length", b"2")])
         client.write(b"ok", end=True)
 

@@ -68,6 +68,9 @@ def test_the_tables_are_those_of_the_named_versions(program: Program, count: int
         ("--worker-urls http://a:1 --max-payload-size 1000", {"limits": {"max_body_bytes": 1000}}),
         ("--worker-urls http://a:1 --request-timeout-secs 1.5", {"proxy": {"first_byte_timeout_s": 1.5}}),
         ("--worker-urls http://a:1 --cb-failure-threshold 4", {"health": {"eject_after": 4}}),
+        ("--worker-urls http://a:1 --log-level critical", {"log_level": "error"}),
+        ("--worker-urls http://a:1 --prometheus-host localhost", {"admin": {"host": "localhost"}}),
+        ("--worker-urls http://a:1 --prometheus-host 0.0.0.0", {"admin": {"host": "0.0.0.0", "read_only": True}}),
         ("--worker-urls http://a:1 --queue-size 7 --queue-timeout-secs 9", {"queue": {"size": 7, "timeout_s": 9}}),
         (
             "--service-discovery --selector app=x role=y --service-discovery-port 8000",
@@ -83,6 +86,31 @@ def test_what_can_be_done_here_is(line: str, values: dict[str, Any]) -> None:
     found = imported(line)
     assert {key: found.values[key] for key in values} == values
     from_values(dict(found.values))
+
+
+@pytest.mark.parametrize(
+    ("line", "project", "found"),
+    [
+        ("--worker-urls http://a:1 --model-alias fast=qwen --model-alias slow=llama", "smg", ["fast", "slow"]),
+        ("--static-backends http://a:1 --static-aliases fast:qwen,slow:llama", "production-stack", ["fast", "slow"]),
+        ("--worker-urls http://a:1 --model-alias fast", "smg", []),
+        ("--static-backends http://a:1 --static-aliases fast", "production-stack", []),
+    ],
+)
+def test_aliases_of_models_are_rewritten(line: str, project: str, found: list[str]) -> None:
+    config = from_values(dict(imported(line, project).values))
+    assert [spec.name for spec in config.models.rewrites] == found
+    targets = [target.model_rewrite for spec in config.models.rewrites for target in spec.targets]
+    assert targets == ["qwen", "llama"][: len(found)]
+
+
+def test_ids_of_requests_are_those_of_one_header() -> None:
+    assert (
+        fates(imported("--worker-urls http://a:1 --request-id-headers X-Request-Id"))["--request-id-headers"]
+        is Fate.SAME
+    )
+    found = imported("--worker-urls http://a:1 --request-id-headers x-request-id x-trace-id")
+    assert fates(found)["--request-id-headers"] is Fate.PARTLY
 
 
 def test_an_unknown_flag_is_named_with_the_nearest() -> None:

@@ -34,10 +34,42 @@ def test_an_engine_of_ones_own_is_an_endpoint_once() -> None:
     assert [line.fate for line in found.lines] == [Fate.SAME, Fate.SAME]
 
 
-def test_a_name_that_the_engine_does_not_serve_is_said_to_be_one() -> None:
-    found = imported(model("fast"))
-    assert fate(found, "model_list[0]") is Fate.PARTLY
-    assert "--served-model-name fast" in found.lines[0].says
+def rules(found: Imported) -> dict[str, list[str]]:
+    """The models that requests for a name get."""
+    specs = from_values(dict(found.values)).models.rewrites
+    assert all([match.model and match.model.value for match in spec.matches] == [spec.name] for spec in specs)
+    return {spec.name: [target.model_rewrite for target in spec.targets] for spec in specs}
+
+
+def test_a_name_that_the_engine_does_not_serve_is_rewritten() -> None:
+    found = imported(model("fast"), model())
+    assert fate(found, "model_list[0]") is Fate.SAME
+    assert rules(found) == {"fast": ["qwen"]}
+
+
+def test_a_name_for_several_models_is_rewritten_to_either() -> None:
+    found = imported(model("chat"), model("chat", model="hosted_vllm/llama", api_base="http://b:1/v1"))
+    assert rules(found) == {"chat": ["qwen", "llama"]}
+
+
+def test_names_by_pattern_are_not_rewritten() -> None:
+    assert rules(imported(model("*", model="hosted_vllm/*"))) == {}
+    found = imported(model("team/*", model="hosted_vllm/*"))
+    assert (fate(found, "model_list[0]"), rules(found)) == (Fate.PARTLY, {})
+
+
+def test_an_alias_of_a_group_is_rewritten_to_what_its_engines_serve() -> None:
+    aliases = {"small": "fast", "plain": {"model": "qwen", "hidden": True}, "odd": 3}
+    found = imported(model("fast"), model(), router_settings={"model_group_alias": aliases})
+    assert rules(found) == {"fast": ["qwen"], "small": ["qwen"], "plain": ["qwen"]}
+    assert fate(found, "router_settings.model_group_alias.odd") is Fate.MISSING
+
+
+def test_weights_are_those_of_endpoints() -> None:
+    found = imported(model(weight=2), model(api_base="http://b:1/v1"), model(api_base="http://c:1/v1", weight=0))
+    assert found.values["endpoints"] == [{"address": "http://10.0.0.1:8000", "weight": 2}, "http://b:1", "http://c:1"]
+    assert fate(found, "model_list[0].litellm_params.weight") is Fate.PARTLY
+    assert fate(found, "model_list[2].litellm_params.weight") is Fate.MISSING
 
 
 @pytest.mark.parametrize("params", [{"model": "anthropic/claude"}, {"model": "openai/gpt", "api_base": None}])

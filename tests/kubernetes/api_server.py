@@ -1,18 +1,24 @@
 """An API server for tests: kept objects, lists and watches over HTTP as a kube-apiserver answers them, and its faults.
 
-After the API conventions and the watch cache of Kubernetes 1.3x:
+Held to a real one by `test_semantics.py`, as far as that goes:
 
-- every write makes a new version of everything; lists name the version they are of
+- every write makes a new version of everything; lists name the version they are of; one that changes nothing is none
 - watches begin after the version that is asked for and tell what has changed since; a change that makes an object leave
   the selector is told as DELETED, one that makes it enter as ADDED, both with the version of the change
-- a version that has been compacted away is answered 410, by watches as an ERROR event in an answer of status 200
-- lists in pages carry a token that belongs to the version of the first page, and expires with it
+- a watch of version 0, or of none, begins with all that is there
+- a version that has been compacted away is answered 410, by watches as an ERROR event in an answer of status 200; of
+  a version that is still to come a watch tells nothing at all until it has come
+- a list of version 0 comes whole; all others come in pages, whose token belongs to the version of the first page, and
+  expires with it
 - a list `NotOlderThan` a version from the future is answered 504 with the cause ResourceVersionTooLarge
-- bookmarks come every minute to those who allow them, and carry nothing but the kind and a version
+- bookmarks come every minute, and two seconds before a watch ends, to those who allow them, and carry nothing but the
+  kind and a version
+- a pod that is asked to go stays for its grace period; what has finalizers stays until they are gone
 - objects may be created and replaced by requests, too; a version that is not the latest is a conflict (409), and a
-  Lease without one is refused (422): it cannot be written over unread
+  Lease without one is refused (422): it cannot be written over unread. PUT creates a Lease that is not there
+- rights are looked at before anything else of a request is: who has none learns nothing (403)
 - rights are asked for by posting reviews, about oneself or about whom one impersonates
-- kinds that are not installed are 404, what one may not do 403, without the right token 401, each as a Status
+- kinds that are not installed are 404, in a text that is no Status; without the right token it is 401
 """
 
 from __future__ import annotations
@@ -21,14 +27,27 @@ import asyncio
 import base64
 import copy
 import json
-import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from aiohttp import web
+
+from kubernetes.answers import (
+    Place,
+    bad_versions,
+    failure,
+    forbidden,
+    not_found,
+    place_of,
+    status,
+    too_large,
+    unfit,
+)
+from kubernetes.selectors import selection
 
 Json = dict[str, Any]
 
@@ -48,7 +67,11 @@ KINDS = {
         "inferencemodelrewrites": "InferenceModelRewrite",
     },
 }
+_BEGAN = datetime(2026, 11, 21, 10, tzinfo=UTC)
+_BUILT_IN = ("", "coordination.k8s.io", "discovery.k8s.io")  # groups that are no CRDs
 BOOKMARK_EVERY = 60.0
+_BEFORE_THE_END = 2.0  # seconds before a watch ends it gets a bookmark
+_WAITS_FOR_VERSION = 3.0  # seconds for which a list waits for a version that is still to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +84,19 @@ class _Change:
     after: Json | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """Somebody with rights of one namespace: (group, resource, verb)."""
+
+    name: str
+    namespace: str
+    rights: frozenset[tuple[str, str, str]]
+
+
 @dataclass(slots=True, eq=False)
 class _Watch:
     collection: str
+    since: int
     matches: Callable[[Json], bool]
     bookmarks: bool
     request: web.Request
@@ -82,15 +115,17 @@ class ApiServer:
         self.wrote: list[tuple[str, str, int]] = []  # (method, path, status) of every object that came
         self.absent: set[str] = set()  # plurals, or groups with their version, that are not installed
         self.forbidden: set[str] = set()  # plurals
+        self.accounts: dict[str, _Account] = {}  # by token
         self.rights: set[tuple[str, str, str]] = set()  # group, resource, verb, of whoever asks
         self.knows_all_rights = True
         self.reviewed_for: list[str] = []  # whom reviews were about
         self.failing: list[web.Response] = []  # answers to give instead, one request each
         self.ends_watches_at_once = False
+        self.forgets_at_once = False  # every version that a watch could name
         self.compact_before_continuing = False
         self._objects: dict[str, dict[str, Json]] = {}
         self._version = 100
-        self._compacted = 0
+        self._compacted = self._version  # nothing is known of what was before
         self._changes: list[_Change] = []
         self._watches: set[_Watch] = set()
         self._flowing = asyncio.Event()
@@ -109,27 +144,77 @@ class ApiServer:
         collection = f"{group_version}/namespaces/{meta.setdefault('namespace', 'default')}/{plural}"
         kept = self._objects.setdefault(collection, {})
         before = kept.get(meta["name"])
-        self._version += 1
-        meta.setdefault("uid", before["metadata"]["uid"] if before else f"uid-{self._version}")
-        created = before["metadata"]["creationTimestamp"] if before else f"2026-11-21T10:00:00.{self._version:06d}Z"
-        meta.setdefault("creationTimestamp", created)
-        meta["resourceVersion"] = str(self._version)
         value |= {"apiVersion": group_version.removeprefix("/apis/").removeprefix("/api/")}
         value |= {"kind": KINDS[group_version][plural]}
+        self._complete(meta, value, before)
+        if before is not None and before == value:
+            return before
+        self._version += 1
+        meta["resourceVersion"] = str(self._version)
         kept[meta["name"]] = value
         self._tell(_Change(self._version, collection, before, value))
+        if meta.get("deletionGracePeriodSeconds") == 0 and not meta.get("finalizers"):
+            self._drop(collection, meta["name"])
         return value
+
+    def patch(self, group_version: str, plural: str, change: Json, namespace: str = "default") -> Json:
+        """Create an object, or merge what is said of it into what there is, as RFC 7396 has it."""
+        kept = self._objects.get(f"{group_version}/namespaces/{namespace}/{plural}", {})
+        before = kept.get(change["metadata"]["name"])
+        return self.apply(group_version, plural, change if before is None else _merged(before, change))
+
+    def _complete(self, meta: Json, value: Json, before: Json | None) -> None:
+        if before is None:
+            meta |= {"generation": 1, "resourceVersion": ""}
+            meta.setdefault("uid", f"uid-{self._version + 1}")
+            at = _BEGAN + timedelta(seconds=self._version + 1)  # in whole seconds, and none at the same time
+            meta.setdefault("creationTimestamp", f"{at:%Y-%m-%dT%H:%M:%SZ}")
+            return
+        was = before["metadata"]
+        meta["resourceVersion"] = was["resourceVersion"]
+        meta.setdefault("uid", was["uid"])
+        meta.setdefault("creationTimestamp", was["creationTimestamp"])
+        goes = "deletionTimestamp" in meta and "deletionTimestamp" not in was
+        meta["generation"] = was["generation"] + (value.get("spec") != before.get("spec") or goes)
 
     def get(self, group_version: str, plural: str, name: str, namespace: str = "default") -> Json:
         """A copy of an object, as it would be read before it is changed."""
         return copy.deepcopy(self._objects[f"{group_version}/namespaces/{namespace}/{plural}"][name])
 
+    def terminate(
+        self, group_version: str, plural: str, name: str, namespace: str = "default", *, seconds: int = 30
+    ) -> None:
+        """Ask an object to go; it does so at once where it is given no time and nobody holds it by a finalizer."""
+        value = self.get(group_version, plural, name, namespace)
+        at = f"2026-11-21T11:00:{seconds:02d}Z"
+        value["metadata"] |= {"deletionTimestamp": at, "deletionGracePeriodSeconds": seconds}
+        self.apply(group_version, plural, value)
+
     def delete(self, group_version: str, plural: str, name: str, namespace: str = "default") -> None:
-        """Take an object away, at once and for good."""
+        """Take an object away, at once. Of a pod it is told first that it has no time left."""
         collection = f"{group_version}/namespaces/{namespace}/{plural}"
+        if plural == "pods" or self._objects[collection][name]["metadata"].get("finalizers"):
+            self.terminate(group_version, plural, name, namespace, seconds=0)
+        else:
+            self._drop(collection, name)
+
+    def _drop(self, collection: str, name: str) -> None:
         before = self._objects[collection].pop(name)
         self._version += 1
         self._tell(_Change(self._version, collection, before, None))
+
+    def account(self, name: str, namespace: str, rules: Iterable[Json]) -> str:
+        """The token of somebody who may do in a namespace what these rules of a Role say, and nothing else."""
+        rights = {
+            (group, resource, verb)
+            for rule in rules
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        token = f"token-{len(self.accounts)}"
+        self.accounts[token] = _Account(name, namespace, frozenset(rights))
+        return token
 
     def _tell(self, change: _Change) -> None:
         self._changes.append(change)
@@ -151,6 +236,7 @@ class ApiServer:
     def set_back(self) -> None:
         """As after a restore from a backup, or behind another server that is ahead: versions are of the past."""
         self._version -= 50
+        self._changes.clear()
         self.end_watches()
 
     def lose(self, group_version: str, plural: str, name: str, namespace: str = "default") -> None:
@@ -199,6 +285,7 @@ class ApiServer:
         app.router.add_get("/{path:.*}", self._get)
         app.router.add_post("/{path:.*}", self._write)
         app.router.add_put("/{path:.*}", self._write)
+        app.router.add_delete("/{path:.*}", self._delete)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self.tls)
@@ -210,59 +297,89 @@ class ApiServer:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.path, dict(request.query)))
-        group_version, plural, name = _parts(request.path)
-        if (refusal := self._refusal(request, group_version, plural)) is not None:
+        place, query = place_of(request.path), request.query
+        watches = query.get("watch") in ("1", "true")
+        verb = "get" if place.name else "watch" if watches else "list"
+        if (refusal := self._refusal(request, place, verb)) is not None:
             return refusal
-        if name:
-            found = self._objects.get(request.path.rpartition("/")[0], {}).get(name)
-            return (
-                status(404, "NotFound", f"{plural} {name!r} not found") if found is None else web.json_response(found)
-            )
+        kind = KINDS[place.group_version][place.plural]
+        if place.name:
+            found = self._objects.get(place.collection, {}).get(place.name)
+            return not_found(place) if found is None else web.json_response(found)
         try:
-            matches = selection(request.query)
+            matches = selection(query, kind)
         except ValueError as error:
-            return status(400, "BadRequest", f"unable to parse requirement: {error}")
-        if request.query.get("watch") in ("1", "true"):
+            return status(400, "BadRequest", str(error))
+        if (refusal := bad_versions(query)) is not None:
+            return refusal
+        if watches:
             await self._open.wait()
-            return await self._watch(request, request.path, matches)
-        return self._list(request, request.path, KINDS[group_version][plural], matches)
+            return await self._watch(request, place.collection, matches)
+        if int(query.get("resourceVersion") or 0) > self._version:
+            await asyncio.sleep(_WAITS_FOR_VERSION)
+        return self._list(request, place, kind, matches)
 
-    def _refusal(self, request: web.Request, group_version: str, plural: str) -> web.Response | None:
+    def _refusal(self, request: web.Request, place: Place, verb: str) -> web.Response | None:
         if self.failing:
             return self.failing.pop(0)
-        if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.token is not None and token != self.token:
             return status(401, "Unauthorized", "Unauthorized")
-        if plural not in KINDS.get(group_version, {}) or self.absent & {plural, group_version}:
-            return status(404, "NotFound", "the server could not find the requested resource")
-        if plural in self.forbidden:
-            return status(
-                403, "Forbidden", f'{plural} is forbidden: User "system:serviceaccount:default:picker" cannot'
-            )
-        return None
+        account = self.accounts.get(token)
+        if token and self.token is None and account is None:
+            return status(401, "Unauthorized", "Unauthorized")
+        if account is not None and (
+            place.namespace != account.namespace or (place.group, place.plural, verb) not in account.rights
+        ):
+            return forbidden(place, verb, f"system:serviceaccount:{account.namespace}:{account.name}")
+        if place.plural in self.forbidden:
+            return forbidden(place, verb, "system:serviceaccount:default:picker")
+        if place.plural in KINDS.get(place.group_version, {}) and not self.absent & {place.plural, place.group_version}:
+            return None
+        if place.group:
+            return web.Response(status=404, text="404 page not found\n")
+        return status(404, "NotFound", "the server could not find the requested resource", details={})
 
     async def _write(self, request: web.Request) -> web.Response:
-        value = await request.json()
-        answer = self._written(request, value)
+        place = place_of(request.path)
+        verb = "create" if request.method == "POST" else "update"
+        answer = self._refusal(request, place, verb) or self._written(place, await request.json(), verb)
         self.wrote.append((request.method, request.path, answer.status))
         return answer
 
-    def _written(self, request: web.Request, value: Json) -> web.Response:
-        group_version, plural, name = _parts(request.path)
-        if (refusal := self._refusal(request, group_version, plural)) is not None:
+    def _written(self, place: Place, value: Json, verb: str) -> web.Response:
+        kind, meta = KINDS[place.group_version][place.plural], value.setdefault("metadata", {})
+        name = meta.get("name", "")
+        if meta.setdefault("namespace", place.namespace) != place.namespace:
+            words = "the namespace of the provided object does not match the namespace sent on the request"
+            return status(400, "BadRequest", words)
+        if place.name and name != place.name:
+            words = f"the name of the object ({name}) does not match the name on the URL ({place.name})"
+            return status(400, "BadRequest", words)
+        place = Place(place.group_version, place.namespace, place.plural, name)
+        before = self._objects.get(place.collection, {}).get(name)
+        if (refusal := unfit(place, kind, value, before, verb)) is not None:
             return refusal
-        meta, asked = value["metadata"], name or value["metadata"]["name"]
-        kept = self._objects.get(request.path if request.method == "POST" else request.path.rpartition("/")[0], {})
-        before = kept.get(asked)
-        if request.method == "POST" and before is not None:
-            return status(409, "AlreadyExists", f"{plural} {asked!r} already exists")
-        if request.method == "PUT" and before is None:
-            return status(404, "NotFound", f"{plural} {asked!r} not found")
-        if (problem := _invalid(value, before)) is not None:
-            return status(422, "Invalid", f"{plural} {asked!r} is invalid: {problem}")
-        if before is not None and meta["resourceVersion"] != before["metadata"]["resourceVersion"]:
-            words = "the object has been modified; please apply your changes to the latest version and try again"
-            return status(409, "Conflict", f"Operation cannot be fulfilled on {plural} {asked!r}: {words}")
-        return web.json_response(self.apply(group_version, plural, value), status=201 if before is None else 200)
+        return web.json_response(self.apply(place.group_version, place.plural, value), status=200 if before else 201)
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        place = place_of(request.path)
+        if (refusal := self._refusal(request, place, "delete")) is not None:
+            return refusal
+        before = self._objects.get(place.collection, {}).get(place.name)
+        if before is None:
+            return not_found(place)
+        options = await request.json() if request.can_read_body else {}
+        runs = before.get("spec", {}).get("nodeName") and before["status"]["phase"] not in ("Succeeded", "Failed")
+        seconds = options.get("gracePeriodSeconds", 30) if place.plural == "pods" and runs else 0
+        where = (place.group_version, place.plural, place.name, place.namespace)
+        if seconds:
+            self.terminate(*where, seconds=seconds)
+        else:
+            self.delete(*where)
+        left = self._objects[place.collection].get(place.name)
+        gone = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        return web.json_response(left or gone | {"details": place.details() | {"uid": before["metadata"]["uid"]}})
 
     async def _say_version(self, request: web.Request) -> web.Response:
         return web.json_response({"major": "1", "minor": "35", "gitVersion": "v1.35.0"})
@@ -279,31 +396,38 @@ class ApiServer:
         told = {"resourceRules": rules, "nonResourceRules": [], "incomplete": not self.knows_all_rights}
         return web.json_response(asked | {"status": told}, status=201)
 
-    def _list(self, request: web.Request, collection: str, kind: str, matches: Callable[[Json], bool]) -> web.Response:
+    def _list(self, request: web.Request, place: Place, kind: str, matches: Callable[[Json], bool]) -> web.Response:
         query = request.query
-        asked = int(query.get("resourceVersion") or 0)
+        asked, token = int(query.get("resourceVersion") or 0), query.get("continue")
         if asked > self._version:
-            return status(504, "Timeout", f"Too large resource version: {asked}, current: {self._version}")
+            return too_large(asked, self._version)
         version, after = self._version, ""
-        if token := query.get("continue"):
+        if token is not None:
             if self.compact_before_continuing:
                 self.compact_before_continuing = False
                 self._version += 1
                 self.compact()
-            version, after = json.loads(base64.b64decode(token))
+            try:
+                version, after = json.loads(base64.b64decode(token))
+            except ValueError:
+                return status(400, "BadRequest", "invalid continue token: continue key is not valid")
             if version < self._compacted:
                 return status(410, "Expired", "The provided continue parameter is too old")
-        found = [each for name, each in sorted(self._at(collection, version).items()) if name > after and matches(each)]
-        # The watch cache answers without paging when it is asked for whatever it has.
-        limit = int(query.get("limit") or 0) if asked == 0 and "resourceVersion" not in query else 0
+        there = sorted(self._at(place.collection, version).items())
+        found = [each for name, each in there if name > after and matches(each)]
+        # The watch cache answers whole when it is asked for whatever it has.
+        limit = 0 if query.get("resourceVersion") == "0" else int(query.get("limit") or 0)
         meta: Json = {"resourceVersion": str(version)}
         if limit and len(found) > limit:
-            found = found[:limit]
-            last = found[-1]["metadata"]["name"]
-            meta["continue"] = base64.b64encode(json.dumps([version, last]).encode()).decode()
-        # Items of a list do not say what they are: the list does.
-        items = [{key: each[key] for key in each if key not in ("kind", "apiVersion")} for each in found]
-        return web.json_response({"kind": f"{kind}List", "apiVersion": "v1", "metadata": meta, "items": items})
+            left, found = len(found) - limit, found[:limit]
+            meta["continue"] = base64.b64encode(json.dumps([version, found[-1]["metadata"]["name"]]).encode()).decode()
+            if not query.get("labelSelector") and not query.get("fieldSelector"):
+                meta["remainingItemCount"] = left
+        api_version = place.group_version.removeprefix("/apis/").removeprefix("/api/")
+        if place.group in _BUILT_IN:
+            # Items of a list do not say what they are: the list does. Those of a CRD do.
+            found = [{key: each[key] for key in each if key not in ("kind", "apiVersion")} for each in found]
+        return web.json_response({"kind": f"{kind}List", "apiVersion": api_version, "metadata": meta, "items": found})
 
     def _at(self, collection: str, version: int) -> dict[str, Json]:
         """The objects as they were."""
@@ -320,52 +444,67 @@ class ApiServer:
     async def _watch(
         self, request: web.Request, collection: str, matches: Callable[[Json], bool]
     ) -> web.StreamResponse:
-        since = int(request.query.get("resourceVersion") or 0)
+        query = request.query
+        since, seconds = int(query.get("resourceVersion") or 0), float(query.get("timeoutSeconds", "1800"))
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.enable_chunked_encoding()
-        bookmarks = request.query.get("allowWatchBookmarks") == "true"
-        watch = _Watch(collection, matches, bookmarks, request, response)
+        bookmarks = query.get("allowWatchBookmarks") == "true"
+        watch = _Watch(collection, since or self._version, matches, bookmarks, request, response)
         await response.prepare(request)
-        if since and since < self._compacted:
-            await self._send(response, {"type": "ERROR", "object": _status(410, "Expired", "too old resource version")})
+        if since and (since < self._compacted or self.forgets_at_once):
+            words = f"too old resource version: {since} ({self._compacted})"
+            await self._send(response, {"type": "ERROR", "object": failure(410, "Expired", words)})
             return response
+        if not since:
+            await self._send_all(watch)
         for change in self._changes:
-            if change.version > since and change.collection == collection:
+            if change.version > watch.since and change.collection == collection:
                 watch.queue.put_nowait(change)
         if self.ends_watches_at_once:
             return response
         self._watches.add(watch)
         try:
-            await self._stream(watch, float(request.query.get("timeoutSeconds", "1800")))
+            await self._stream(watch, seconds)
         finally:
             self._watches.discard(watch)
         return response
 
+    async def _send_all(self, watch: _Watch) -> None:
+        """What is there, as if it had just come, and a bookmark to say that this was all."""
+        for _, each in sorted(self._objects.get(watch.collection, {}).items()):
+            if watch.matches(each):
+                await self._send(watch.response, {"type": "ADDED", "object": each})
+        await self._bookmark(watch, annotations={"k8s.io/initial-events-end": "true"})
+
     async def _stream(self, watch: _Watch, seconds: float) -> None:
         clock = asyncio.get_running_loop().time
         flowing, end_at = self._flowing, clock() + seconds
-        next_bookmark = clock() + BOOKMARK_EVERY
+        next_bookmark = min(clock() + BOOKMARK_EVERY, max(clock(), end_at - _BEFORE_THE_END))
         while clock() < end_at:
             try:
                 async with asyncio.timeout(min(end_at, next_bookmark) - clock()):
                     change = await watch.queue.get()
             except TimeoutError:
                 if next_bookmark <= clock():
-                    next_bookmark += BOOKMARK_EVERY
+                    near_the_end = end_at - _BEFORE_THE_END
+                    next_bookmark = min(clock() + BOOKMARK_EVERY, near_the_end if near_the_end > clock() else end_at)
                     await flowing.wait()
                     await self._bookmark(watch)
                 continue
             if change is None:
                 return
             await flowing.wait()
-            event = _event(watch.matches, change)
+            event = _event(watch.matches, change) if change.version > watch.since else None
             if event is not None:
                 await self._send(watch.response, event)
 
-    async def _bookmark(self, watch: _Watch) -> None:
-        if watch.bookmarks:
-            meta = {"resourceVersion": str(self._version), "creationTimestamp": None}
-            await self._send(watch.response, {"type": "BOOKMARK", "object": {"kind": "Pod", "metadata": meta}})
+    async def _bookmark(self, watch: _Watch, **metadata: Json) -> None:
+        if watch.bookmarks and watch.since <= self._version:
+            place = place_of(watch.collection)
+            said = {"kind": KINDS[place.group_version][place.plural]}
+            said["apiVersion"] = place.group_version.removeprefix("/apis/").removeprefix("/api/")
+            meta = {"resourceVersion": str(self._version), **metadata}
+            await self._send(watch.response, {"type": "BOOKMARK", "object": said | {"metadata": meta}})
 
     async def bookmark(self) -> None:
         """Send every watch one now."""
@@ -394,6 +533,18 @@ async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[ApiServer]
             await server.down()
 
 
+def _merged(before: Json, change: Json) -> Json:
+    merged = copy.deepcopy(before)
+    for key, value in change.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
 def _event(matches: Callable[[Json], bool], change: _Change) -> Json | None:
     was = change.before is not None and matches(change.before)
     if change.after is not None and matches(change.after):
@@ -404,82 +555,3 @@ def _event(matches: Callable[[Json], bool], change: _Change) -> Json | None:
     assert gone is not None
     gone["metadata"]["resourceVersion"] = str(change.version)
     return {"type": "DELETED", "object": gone}
-
-
-def _parts(path: str) -> tuple[str, str, str]:
-    """Group with its version, plural, name."""
-    group_version, _, rest = path.partition("/namespaces/")
-    plural, _, name = rest.partition("/")[2].partition("/")
-    return group_version, plural, name
-
-
-def _invalid(value: Json, before: Json | None) -> str | None:
-    """What the validation of a Lease says; other kinds are not written by requests."""
-    if before is not None and not value["metadata"].get("resourceVersion"):
-        return "metadata.resourceVersion: Invalid value: 0x0: must be specified for an update"
-    spec = value.get("spec", {})
-    if spec.get("leaseDurationSeconds", 1) <= 0:
-        return "spec.leaseDurationSeconds: Invalid value: must be greater than 0"
-    if spec.get("leaseTransitions", 0) < 0:
-        return "spec.leaseTransitions: Invalid value: must be greater than or equal to 0"
-    for key in ("acquireTime", "renewTime"):
-        if key in spec and not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", spec[key]):
-            return f"spec.{key}: Invalid value: parsing time"
-    return None
-
-
-def _status(code: int, reason: str, message: str) -> Json:
-    failure = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
-    return failure | {"message": message, "reason": reason, "code": code}
-
-
-def status(code: int, reason: str, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.json_response(_status(code, reason, message), status=code, headers=headers)
-
-
-# --- selectors ---------------------------------------------------------------------------------------------
-
-_SET = re.compile(r"(?P<key>[\w./-]+)\s+(?P<how>in|notin)\s+\((?P<values>[^)]*)\)")
-_EQUAL = re.compile(r"(?P<key>[\w./-]+)\s*(?P<how>==|=|!=)\s*(?P<value>[\w.-]*)")
-_EXISTS = re.compile(r"(?P<not>!?)(?P<key>[\w./-]+)")
-
-
-def selection(query: Any) -> Callable[[Json], bool]:
-    """labelSelector and fieldSelector (metadata.name, metadata.namespace, status.phase, spec.nodeName) of a request."""
-    labels = list(_requirements(query.get("labelSelector", "")))
-    fields = list(_requirements(query.get("fieldSelector", "")))
-
-    def matches(value: Json) -> bool:
-        own = value["metadata"].get("labels") or {}
-        return all(each(own) for each in labels) and all(each(_fields(value)) for each in fields)
-
-    return matches
-
-
-def _fields(value: Json) -> dict[str, str]:
-    found = {f"metadata.{key}": value["metadata"].get(key, "") for key in ("name", "namespace")}
-    found["status.phase"] = value.get("status", {}).get("phase", "")
-    found["spec.nodeName"] = value.get("spec", {}).get("nodeName", "")
-    return found
-
-
-def _requirements(text: str) -> Iterator[Callable[[dict[str, str]], bool]]:
-    for part in filter(None, map(str.strip, re.split(r",(?![^(]*\))", text))):
-        if found := _SET.fullmatch(part):
-            values = {value.strip() for value in found["values"].split(",")}
-            yield _in(found["key"], values, found["how"] == "in")
-        elif found := _EQUAL.fullmatch(part):
-            yield _in(found["key"], {found["value"]}, found["how"] != "!=")
-        elif found := _EXISTS.fullmatch(part):
-            yield _exists(found["key"], not found["not"])
-        else:
-            raise ValueError(f"found {part!r}")
-
-
-def _in(key: str, values: set[str], wanted: bool) -> Callable[[dict[str, str]], bool]:
-    # As Kubernetes has it, an object without the label is not equal to any value.
-    return lambda own: (own.get(key) in values) == wanted
-
-
-def _exists(key: str, wanted: bool) -> Callable[[dict[str, str]], bool]:
-    return lambda own: (key in own) == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Json = dict[str, Any]
+Kind = tuple[str, str]  # where the group's version is, and the plural
 
 PODS = ("/api/v1", "pods")
 SLICES = ("/apis/discovery.k8s.io/v1", "endpointslices")
@@ -14,6 +15,18 @@ OBJECTIVES = ("/apis/llm-d.ai/v1alpha2", "inferenceobjectives")
 OLD_OBJECTIVES = ("/apis/inference.networking.x-k8s.io/v1alpha2", "inferenceobjectives")
 REWRITES = ("/apis/llm-d.ai/v1alpha2", "inferencemodelrewrites")
 LEASES = ("/apis/coordination.k8s.io/v1", "leases")
+
+KIND_NAMES = {
+    "pods": "Pod",
+    "services": "Service",
+    "endpointslices": "EndpointSlice",
+    "leases": "Lease",
+    "gateways": "Gateway",
+    "httproutes": "HTTPRoute",
+    "inferencepools": "InferencePool",
+    "inferenceobjectives": "InferenceObjective",
+    "inferencemodelrewrites": "InferenceModelRewrite",
+}
 
 DELETED_AT = "2026-11-21T11:00:00Z"
 
@@ -43,7 +56,8 @@ def pod(
     status: Json = {"phase": phase, "conditions": conditions, "containerStatuses": [engine]}
     if ip:
         status |= {"podIP": ip, "podIPs": [{"ip": ip}]}
-    return {"metadata": meta, "spec": {"containers": [{"name": "vllm", "image": "vllm"}]}, "status": status}
+    own: Json = {"name": "vllm", "image": "vllm"} | ({} if resources is None else {"resources": resources})
+    return {"metadata": meta, "spec": {"containers": [own]}, "status": status}
 
 
 def pool(name: str = "pool", *, labels: dict[str, str] | None = None, ports: tuple[int, ...] = (8000,)) -> Json:

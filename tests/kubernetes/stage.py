@@ -1,32 +1,30 @@
 """Where discovery is tested: the in-test API server in virtual time, and a real kube-apiserver where one is named.
 
-`PICKER_TEST_KUBECONFIG` names a kubeconfig whose user may create namespaces, pods, endpoint slices and, where their
-CRDs are installed, pools, objectives and rewrites. Every test has a namespace of its own there, which is deleted.
+`PICKER_TEST_KUBECONFIG` names a kubeconfig; `docs/kubernetes.md` says what its user must be allowed to do. Every test
+has a namespace of its own there, which is deleted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
+import inspect
 import random
-import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-import aiohttp
 import pytest
 
 from kubernetes.api_server import ApiServer, serving
-from kubernetes.manifests import PODS, Json
+from kubernetes.asking import Answer, Asking
+from kubernetes.manifests import PODS, Json, Kind
+from kubernetes.real_cluster import KUBECONFIG, real_cluster
 from kubernetes.virtual_time import VirtualLoop
-from picker.sources.kubernetes.credentials import Access, FixedTokens, find_access
+from picker.sources.kubernetes.credentials import Access, FixedTokens
 from picker.sources.kubernetes.scope import Scope
 from picker.sources.kubernetes.source import KubernetesSource
 from picker.types import CacheCleared, Endpoint, EndpointAdded, EndpointDraining, EndpointRemoved, Fact
-
-KUBECONFIG = os.environ.get("PICKER_TEST_KUBECONFIG")
-Kind = tuple[str, str]
 
 
 class Told:
@@ -73,6 +71,22 @@ def source(access: Access, scope: Scope, **more: Any) -> KubernetesSource:
     return KubernetesSource(access, scope, clock=asyncio.get_running_loop().time, rng=random.Random(1), **more)
 
 
+async def at_once(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do many things, some at a time."""
+    left = iter(work)
+
+    async def hand() -> None:
+        for each in left:
+            await each
+
+    await asyncio.gather(*(hand() for _ in range(8)))
+
+
+def watching(found: KubernetesSource) -> bool:
+    """Whether all that there is to watch is watched."""
+    return all(each["watching"] or each["problem"] for each in found.report()["watches"].values())
+
+
 @asynccontextmanager
 async def running(found: KubernetesSource, told: Told) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
@@ -85,10 +99,11 @@ async def running(found: KubernetesSource, told: Told) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def following(
-    server: ApiServer, scope: Scope | None = None, **more: Any
+    where: ApiServer | Stage, scope: Scope | None = None, **more: Any
 ) -> AsyncIterator[tuple[KubernetesSource, Told]]:
-    """A source that has seen all there is. scope: by default the pool `pool` of namespace `default`."""
-    found, told = source(access_to(server), scope or Scope("default", ("pool",)), **more), Told()
+    """A source that has seen all there is. scope: by default the pool `pool` of the stage's namespace."""
+    stage = InTest(where) if isinstance(where, ApiServer) else where
+    found, told = source(stage.access, scope or Scope(stage.namespace, ("pool",)), **more), Told()
     async with running(found, told):
         async with asyncio.timeout(30):
             await found.synced.wait()
@@ -103,13 +118,30 @@ def access_to(server: ApiServer) -> Access:
 
 
 class Stage(Protocol):
-    """A cluster that a test may change."""
+    """A cluster that a test may change. access: the way that picker takes, which can be broken. second: of its time,
+    in seconds: what takes minutes in virtual time may be asked for in less of real time. stranger: the way of somebody
+    whom nobody knows.
+    """
 
     access: Access
     namespace: str
+    second: float
+    stranger: Access
+
+    def path(self, kind: Kind) -> str:
+        """Of the namespace's collection."""
+        ...
 
     async def apply(self, kind: Kind, value: Json) -> None:
         """Create an object or change it; also what its status says."""
+        ...
+
+    async def patch(self, kind: Kind, name: str, change: Json) -> None:
+        """Merge what is said into an object that is there."""
+        ...
+
+    async def get(self, kind: Kind, name: str) -> Json:
+        """An object as it is kept."""
         ...
 
     async def delete(self, kind: Kind, name: str) -> None:
@@ -120,80 +152,103 @@ class Stage(Protocol):
         """Ask a pod to go; it stays for its grace period."""
         ...
 
+    async def resize(self, pod: str, resources: Json) -> None:
+        """Ask for other resources of a pod's engine in place; whoever runs it says in its status what came of it."""
+        ...
+
+    async def account(self, *roles: Json) -> Access:
+        """The way of a service account of the namespace that has these Roles and nothing else."""
+        ...
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        value: Json | None = None,
+        query: Mapping[str, str] | None = None,
+        *,
+        access: Access | None = None,
+    ) -> Answer:
+        """A request of one's own, by whoever may do everything, or by `access`."""
+        ...
+
+    async def events(self, path: str, query: Mapping[str, str]) -> list[Json]:
+        """What a watch tells until it ends."""
+        ...
+
+    def cut(self) -> None:
+        """picker's connections break."""
+        ...
+
+    def stall(self) -> None:
+        """Nothing comes any more on picker's connections, those that come included."""
+        ...
+
+    def flow_for_new(self) -> None:
+        """On connections from here on all comes again."""
+        ...
+
+    async def down(self) -> None:
+        """picker cannot reach the API server."""
+        ...
+
+    async def up(self) -> None: ...
+
 
 class InTest:
     namespace = "default"
+    second = 1.0
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
         self.access = access_to(server)
+        self.stranger = Access(server.url, FixedTokens("nobody's"))
+        self.cut, self.stall, self.flow_for_new = server.cut_watches, server.stall, server.flow_for_new_watches
+        self.down, self.up = server.down, server.up
+
+    def path(self, kind: Kind) -> str:
+        return f"{kind[0]}/namespaces/{self.namespace}/{kind[1]}"
 
     async def apply(self, kind: Kind, value: Json) -> None:
-        self.server.apply(*kind, value)
+        self.server.patch(*kind, value)
+
+    async def patch(self, kind: Kind, name: str, change: Json) -> None:
+        named = {"name": name} | change.get("metadata", {})
+        self.server.patch(*kind, change | {"metadata": named})
+
+    async def get(self, kind: Kind, name: str) -> Json:
+        return self.server.get(*kind, name)
 
     async def delete(self, kind: Kind, name: str) -> None:
         self.server.delete(*kind, name)
 
     async def terminate(self, pod: str) -> None:
+        self.server.terminate(*PODS, pod)
+
+    async def resize(self, pod: str, resources: Json) -> None:
         value = self.server.get(*PODS, pod)
-        value["metadata"]["deletionTimestamp"] = "2026-11-21T11:00:00Z"
+        value["spec"]["containers"][0]["resources"] = resources
         self.server.apply(*PODS, value)
 
+    async def account(self, *roles: Json) -> Access:
+        rules = [rule for role in roles for rule in role["rules"]]
+        return Access(self.server.url, FixedTokens(self.server.account("picker", self.namespace, rules)))
 
-class Real:
-    """Pods have a node that does not exist, so that nobody runs them and their status is what the test says."""
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        value: Json | None = None,
+        query: Mapping[str, str] | None = None,
+        *,
+        access: Access | None = None,
+    ) -> Answer:
+        async with Asking() as asking:
+            return await asking.ask(access or self.access, method, path, value, query)
 
-    def __init__(self, access: Access, session: aiohttp.ClientSession, namespace: str) -> None:
-        self.access = access
-        self.namespace = namespace
-        self._session = session
-
-    async def apply(self, kind: Kind, value: Json) -> None:
-        version = kind[0].removeprefix("/apis/").removeprefix("/api/")
-        whole = {"apiVersion": version, "kind": _KIND_NAMES[kind[1]], **value}
-        if kind == PODS:
-            whole["spec"] = whole["spec"] | {"nodeName": "picker-test", "terminationGracePeriodSeconds": 30}
-            whole["spec"]["automountServiceAccountToken"] = False
-        path, name = f"{kind[0]}/namespaces/{self.namespace}/{kind[1]}", value["metadata"]["name"]
-        if await self._create(path, whole) == 409:
-            await self._send("PATCH", f"{path}/{name}", {"metadata": value["metadata"]} if kind == PODS else whole)
-        if "status" in value:
-            await self._send("PATCH", f"{path}/{name}/status", {"status": value["status"]})
-
-    async def _create(self, path: str, value: Json) -> int:
-        """A namespace that is new refuses pods until somebody has given it its service account."""
-        for _ in range(20):
-            status = await self._send("POST", path, value, fine=(201, 403, 409))
-            if status != 403:
-                return status
-            await asyncio.sleep(0.5)
-        return await self._send("POST", path, value)
-
-    async def delete(self, kind: Kind, name: str) -> None:
-        options = {"gracePeriodSeconds": 0}
-        await self._send("DELETE", f"{kind[0]}/namespaces/{self.namespace}/{kind[1]}/{name}", options)
-
-    async def terminate(self, pod: str) -> None:
-        await self._send("DELETE", f"{PODS[0]}/namespaces/{self.namespace}/pods/{pod}", {})
-
-    async def _send(self, method: str, path: str, value: Json, fine: tuple[int, ...] = (200, 201, 202)) -> int:
-        token = await self.access.tokens.token()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        if method == "PATCH":
-            headers["Content-Type"] = "application/merge-patch+json"
-        url = self.access.url + path
-        async with self._session.request(method, url, json=value, headers=headers, ssl=self.access.tls) as response:
-            assert response.status in fine, f"{method} {path}: {response.status} {await response.text()}"
-            return response.status
-
-
-_KIND_NAMES = {
-    "pods": "Pod",
-    "endpointslices": "EndpointSlice",
-    "inferencepools": "InferencePool",
-    "inferenceobjectives": "InferenceObjective",
-    "inferencemodelrewrites": "InferenceModelRewrite",
-}
+    async def events(self, path: str, query: Mapping[str, str]) -> list[Json]:
+        async with Asking() as asking:
+            return await asking.events(self.access, path, query)
 
 
 @asynccontextmanager
@@ -202,38 +257,42 @@ async def _in_test() -> AsyncIterator[Stage]:
         yield InTest(server)
 
 
-@asynccontextmanager
-async def _real() -> AsyncIterator[Stage]:
-    access, namespace = find_access(KUBECONFIG), f"picker-test-{secrets.token_hex(4)}"
-    async with aiohttp.ClientSession() as session:
-        stage = Real(access, session, namespace)
-        made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
-        await stage._send("POST", "/api/v1/namespaces", made)
-        try:
-            yield stage
-        finally:
-            await stage._send("DELETE", f"/api/v1/namespaces/{namespace}", {})
-
-
 _STAGES: dict[str, tuple[Callable[[], AbstractAsyncContextManager[Stage]], Any]] = {
     "in-test": (_in_test, VirtualLoop),
-    "real": (_real, None),
+    "real": (real_cluster, None),
 }
 _NO_CLUSTER = pytest.mark.skipif(not KUBECONFIG, reason="PICKER_TEST_KUBECONFIG names no kubeconfig")
 
 
-def on_every_stage(test: Callable[[Stage], Coroutine[Any, Any, None]]) -> Callable[[str], None]:
-    """Run a test in virtual time against the in-test API server, and against a real one where there is one."""
+def on_every_stage(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test in virtual time against the in-test API server, and against a real one where there is one.
 
-    def run(where: str) -> None:
+    The test's first parameter is the stage; others are fixtures.
+    """
+    return _on(test, "in-test", pytest.param("real", marks=_NO_CLUSTER))
+
+
+def on_a_real_one(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test against a real API server where there is one: it is about what that knows and no double does."""
+    return _on(test, pytest.param("real", marks=_NO_CLUSTER))
+
+
+def _on(test: Callable[..., Coroutine[Any, Any, None]], *stages: Any) -> Callable[..., None]:
+    def run(where: str, **fixtures: Any) -> None:
         stage, loop = _STAGES[where]
 
         async def main() -> None:
             async with stage() as found:
-                await test(found)
+                await test(found, **fixtures)
 
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(main())
 
-    run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
-    return pytest.mark.parametrize("where", ["in-test", pytest.param("real", marks=_NO_CLUSTER)])(run)
+    functools.update_wrapper(run, test)
+    # pytest-asyncio would look through the wrapper and take the test for one of its own.
+    del run.__wrapped__  # type: ignore[attr-defined]
+    where = inspect.Parameter("where", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    fixtures = list(inspect.signature(test).parameters.values())[1:]
+    run.__signature__ = inspect.Signature([where, *fixtures])  # type: ignore[attr-defined]
+    parametrized: Callable[..., None] = pytest.mark.parametrize("where", stages)(run)
+    return parametrized

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kubernetes.api_server import serving, status
+from kubernetes.answers import status
+from kubernetes.api_server import serving
 from kubernetes.certificate import encoded, pair
 from kubernetes.manifests import PODS, pod
 from kubernetes.stage import access_to
@@ -73,6 +74,19 @@ async def test_a_server_that_is_not_there_is_named_without_a_status() -> None:
             error = await refusal(client)
             assert error.status is None
             assert "the API server cannot be reached" in str(error)
+
+
+@in_virtual_time
+async def test_a_way_that_breaks_off_before_tls_is_said_so() -> None:
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with await asyncio.start_server(broken, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        async with Client(Access(f"https://127.0.0.1:{port}", FixedTokens())) as client:
+            error = await refusal(client)
+            assert error.status is None
+            assert str(error).rpartition(": ")[2] in ("it breaks connections off", "Connection reset by peer")
 
 
 @in_virtual_time

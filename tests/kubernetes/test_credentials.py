@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from kubernetes.certificate import encoded, pair
+from kubernetes.manifests import PODS
+from kubernetes.real_cluster import Real
+from kubernetes.stage import Stage, on_a_real_one
 from picker.errors import ConfigError
 from picker.sources.kubernetes.credentials import FileTokens, find_access, from_kubeconfig
 
@@ -169,3 +172,19 @@ def test_a_kubeconfig_that_cannot_be_used_says_why(tmp_path: Path, change: dict[
 def test_a_kubeconfig_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no usable kubeconfig: .*No such file"):
         find_access(str(tmp_path / "none"))
+
+
+@on_a_real_one
+async def test_a_real_api_server_lets_a_pod_in_by_what_is_mounted_into_it(stage: Stage, tmp_path: Path) -> None:
+    assert isinstance(stage, Real)
+    pods = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}
+    token = await (await stage.account({"rules": [pods]})).tokens.token()
+    assert token is not None
+    (tmp_path / "token").write_text(token)
+    (tmp_path / "namespace").write_text(stage.namespace)
+    (tmp_path / "ca.crt").write_bytes(stage.authority)
+    host, _, port = stage.url.removeprefix("https://").partition(":")
+    environment = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port or "443"}
+    access = find_access(environment=environment, service_account=tmp_path)
+    assert access.namespace == stage.namespace
+    assert (await stage.ask("GET", stage.path(PODS), access=access)).status == 200

@@ -43,6 +43,8 @@ def test_a_pool_of_the_older_version_says_the_same_with_other_words() -> None:
     [
         ({"selector": {"app": "vllm"}}, "its selector has no matchLabels"),
         ({"selector": {"matchLabels": None}}, "its selector has no matchLabels"),
+        ({"selector": {"matchLabels": {"a,b": "c"}}}, "its selector's 'a,b': 'c' is no label"),
+        ({"selector": {"matchLabels": {"a": "b,c"}}}, "its selector's 'a': 'b,c' is no label"),
         ({"targetPorts": None}, "it has 0 target ports"),
         ({"targetPorts": [{"number": n} for n in range(1, 10)]}, "it has 9 target ports"),
         ({"targetPorts": [{"number": 1}, {"number": 1}]}, "are not different ports"),

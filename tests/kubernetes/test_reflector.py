@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 
-from kubernetes.api_server import ApiServer, serving, status
+from kubernetes.answers import status
+from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import PODS, pod
-from kubernetes.stage import access_to, until
+from kubernetes.stage import InTest, Stage, on_every_stage, until
 from kubernetes.virtual_time import in_virtual_time
 from picker.sources.kubernetes import objects
 from picker.sources.kubernetes.client import Client
@@ -49,12 +51,32 @@ class Seen:
         self.lists += 1
 
 
+class Elsewhere:
+    """A client whose first list is of another version: of long ago, or of a time before the server was set back."""
+
+    def __init__(self, client: Client, version: str) -> None:
+        self._client, self._version = client, version
+        self.watch = client.watch
+
+    async def get(self, path: str, query: Mapping[str, str]) -> bytes:
+        body = await self._client.get(path, query)
+        if self._version:
+            whole = json.loads(body)
+            whole["metadata"]["resourceVersion"], self._version = self._version, ""
+            body = json.dumps(whole).encode()
+        return body
+
+
 @asynccontextmanager
-async def reflecting(server: ApiServer, resync: float = 900.0) -> AsyncIterator[tuple[Reflector[Pod], Seen]]:
+async def reflecting(
+    where: ApiServer | Stage, resync: float = 900.0, version: str = ""
+) -> AsyncIterator[tuple[Reflector[Pod], Seen]]:
+    stage = InTest(where) if isinstance(where, ApiServer) else where
     seen, clock = Seen(), asyncio.get_running_loop().time
-    async with Client(access_to(server)) as client, asyncio.TaskGroup() as group:
-        collection = objects.pods("default", "app=vllm")
-        reflector = Reflector(client, collection, seen, clock=clock, rng=random.Random(1), resync=resync)
+    async with Client(stage.access, silence=75 * stage.second) as client, asyncio.TaskGroup() as group:
+        collection = objects.pods(stage.namespace, "app=vllm")
+        api = Elsewhere(client, version)
+        reflector = Reflector(api, collection, seen, clock=clock, rng=random.Random(1), resync=resync)
         task = group.create_task(reflector.run())
         try:
             yield reflector, seen
@@ -122,6 +144,64 @@ async def test_a_server_that_is_behind_is_asked_without_a_version() -> None:
             await until(lambda: seen.lists == 2, within=100)
             assert "resourceVersion" not in lists(server)[-1]
             assert set(seen.pods) == {"a"}
+
+
+@in_virtual_time
+async def test_what_was_forgotten_in_an_outage_is_listed_at_once_when_it_is_over() -> None:
+    async with serving() as server:
+        server.apply(*PODS, pod("a"))
+        async with reflecting(server) as (reflector, seen):
+            await until(lambda: server.watches)
+            await server.down()
+            await asyncio.sleep(60)
+            server.apply(*PODS, pod("b"))
+            server.compact()
+            server.apply(*PODS, pod("c"))
+            server.asked.clear()
+            await server.up()
+            await until(lambda: server.asked, within=15)
+            began = asyncio.get_running_loop().time()
+            await until(lambda: set(seen.pods) == {"a", "b", "c"})
+            assert asyncio.get_running_loop().time() - began < 0.1
+            await until(lambda: reflector.freshness.problem is None)
+
+
+@in_virtual_time
+async def test_a_server_that_forgets_every_version_is_not_asked_all_the_time() -> None:
+    async with serving() as server:
+        server.forgets_at_once = True
+        async with reflecting(server):
+            await asyncio.sleep(60)
+            assert 6 < len(server.asked) < 50
+
+
+@on_every_stage
+async def test_a_server_that_was_set_back_says_nothing_and_is_asked_whether_it_has_the_version(stage: Stage) -> None:
+    await stage.apply(PODS, pod("a"))
+    async with reflecting(stage, version="1000000000000") as (reflector, seen):
+        await until(lambda: reflector.freshness.watching)
+        await stage.apply(PODS, pod("b"))
+        await asyncio.sleep(70 * stage.second)
+        assert set(seen.pods) == {"a"}
+        await until(lambda: set(seen.pods) == {"a", "b"}, within=15)
+        assert seen.lists == 2
+
+
+@in_virtual_time
+async def test_a_silent_server_that_has_the_version_costs_no_list() -> None:
+    async with serving() as server:
+        server.apply(*PODS, pod("a"))
+        async with reflecting(server) as (_, seen):
+            await until(lambda: server.watches)
+            server.stall()
+            await asyncio.sleep(70)
+            server.flow_for_new_watches()
+            await asyncio.sleep(10)
+            assert seen.lists == 1
+            last = lists(server)[-1]
+            assert (last["limit"], last["resourceVersion"]) == ("1", "101")
+            server.apply(*PODS, pod("b"))
+            await until(lambda: set(seen.pods) == {"a", "b"})
 
 
 @in_virtual_time
@@ -235,7 +315,7 @@ async def test_a_bug_on_one_object_does_not_end_the_watching() -> None:
         server.apply(*PODS, pod("b"))
         await until(lambda: set(seen.pods) == {"b"})
         assert "a bug of picker's" in seen.problems["a"]
-        server.apply(*PODS, pod("a"))
+        server.apply(*PODS, pod("a", container="containerd://b"))
         await until(lambda: set(seen.pods) == {"a", "b"})
         assert not seen.problems
         assert len(server.asked) == 2

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import pytest
 
 from kubernetes.manifests import objective, rewrite, rule
+from picker.rewrites import Rewriting
 from picker.sources.kubernetes import objects
 from picker.sources.kubernetes.objectives import Objectives
 from picker.sources.kubernetes.objects import LLMD_GROUP, OLD_POOL_GROUP, Objective, Rewrite
 from picker.sources.kubernetes.rewrites import Rewrites, fault
+from picker.types import NO_HEADERS
 
 OURS = frozenset({"pool"})
 
@@ -24,18 +25,35 @@ def wanted(name: str, priority: int | None, pool: str = "pool") -> Objective:
     return objects.objectives("ns", LLMD_GROUP).read(json.dumps(objective(name, priority, pool)).encode())
 
 
+def target(known: Rewrites, model: str, point: float = 0.0) -> str | None:
+    """What a request for the model gets."""
+    rewriting = Rewriting(lambda: point, ("kubernetes",))
+    rewriting.put("kubernetes", known.rules)
+    choice = rewriting.choose(model, NO_HEADERS)
+    return None if choice is None else choice.model
+
+
 def test_targets_are_chosen_by_their_weights() -> None:
     known = Rewrites(OURS)
     assert known.put(LLMD_GROUP, parsed(rewrite("r", rule("m", v1=90, v2=10)))) is None
-    chosen = Counter(known.model("m", point / 1000) for point in range(1000))
-    assert chosen == {"v1": 900, "v2": 100}
-    assert known.model("other", 0.5) is None
+    assert [target(known, "m", point) for point in (0.0, 0.89, 0.9, 0.999)] == ["v1", "v1", "v2", "v2"]
+    assert target(known, "other", 0.5) is None
 
 
 def test_targets_without_weights_are_equal() -> None:
     known = Rewrites(OURS)
     known.put(LLMD_GROUP, parsed(rewrite("r", rule("m", v1=None, v2=None))))
-    assert Counter(known.model("m", point / 10) for point in range(10)) == {"v1": 5, "v2": 5}
+    assert [target(known, "m", point) for point in (0.49, 0.51)] == ["v1", "v2"]
+
+
+def test_every_change_is_told_at_once() -> None:
+    known, told = Rewrites(OURS), list[list[str]]()
+    known.on_change = lambda rules: told.append([rule.name for rule in rules])
+    known.put(LLMD_GROUP, parsed(rewrite("a", rule("m", x=1))))
+    known.put(LLMD_GROUP, parsed(rewrite("b", rule("m", x=1))))
+    known.put(LLMD_GROUP, parsed(rewrite("a", rule("m", x=0))))
+    known.drop(LLMD_GROUP, "b")
+    assert told == [["a"], ["a", "b"], ["b"], []]
 
 
 def test_an_exact_match_wins_then_the_oldest_then_the_first_rule() -> None:
@@ -43,23 +61,23 @@ def test_an_exact_match_wins_then_the_oldest_then_the_first_rule() -> None:
     known.put(LLMD_GROUP, parsed(rewrite("young", rule("m", young=1)), "2026-02-01T00:00:00Z"))
     known.put(LLMD_GROUP, parsed(rewrite("all", rule(general=1)), "2025-01-01T00:00:00Z"))
     known.put(LLMD_GROUP, parsed(rewrite("old", rule("m", first=1), rule("m", second=1))))
-    assert known.model("m", 0.0) == "first"
-    assert known.model("x", 0.0) == "general"
+    assert target(known, "m") == "first"
+    assert target(known, "x") == "general"
     known.drop(LLMD_GROUP, "old")
-    assert known.model("m", 0.0) == "young"
+    assert target(known, "m") == "young"
 
 
 def test_of_two_groups_with_one_name_the_newer_counts() -> None:
     known = Rewrites(OURS)
     known.put(LLMD_GROUP, parsed(rewrite("r", rule("m", new=1))))
     known.put(OLD_POOL_GROUP, parsed(rewrite("r", rule("m", old=1))))
-    assert known.model("m", 0.0) == "new"
+    assert target(known, "m") == "new"
 
 
 def test_those_of_other_pools_do_not_count() -> None:
     known = Rewrites(OURS)
     assert known.put(LLMD_GROUP, parsed(rewrite("r", rule("m", x=0), pool="other"))) is None
-    assert len(known) == 0
+    assert known.rules == ()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +90,7 @@ def test_those_of_other_pools_do_not_count() -> None:
         (rule("", x=1), "a rule matches a model without a name"),
         ({"matches": [{"model": {"type": "Regex", "value": "m"}}], "targets": [{"modelRewrite": "x"}]}, "'Regex'"),
         ({"targets": [{"modelRewrite": ""}]}, "a target names no model"),
+        ({"targets": [{"modelRewrite": "a\r\n--b"}]}, "is no model's name"),
     ],
 )
 def test_a_rewrite_with_a_fault_is_left_out_as_a_whole(bad: dict[str, Any], words: str) -> None:
@@ -80,7 +99,7 @@ def test_a_rewrite_with_a_fault_is_left_out_as_a_whole(bad: dict[str, Any], word
     problem = known.put(LLMD_GROUP, parsed(rewrite("r", rule("m", good=1), bad)))
     assert problem is not None
     assert words in problem
-    assert known.model("m", 0.0) is None
+    assert target(known, "m") is None
 
 
 def test_a_rewrite_without_rules_has_no_fault() -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from fakes import BLOCK_BYTES, ManualClock, request, scheduler
+from picker.frontends.als import Feedback
 from picker.prefix.blocks import BlockHasher
 from picker.replicas import words
 from picker.replicas.circle import Circle
@@ -30,6 +31,20 @@ class Replica:
         hasher, telemetry = BlockHasher(b"x", block_bytes), Telemetry(CollectorRegistry())
         self.runtime = Runtime(self.scheduler, hasher, telemetry, clock=self.clock)
         self.circle = Circle(self.runtime, name=name, block_bytes=block_bytes, ready=lambda: True)
+
+    def lean(self) -> Feedback:
+        """What waits here for the access log, wherever it goes."""
+        made = Feedback(self.runtime, lambda decision: 5.0)
+        made.elsewhere = self.circle.relay
+        self.circle.relay.serve(made)
+        return made
+
+    def hand_on(self, feedback: Feedback, number: int, alias: str = "") -> str:
+        """Decide, and leave the request to the data plane; returns its mark."""
+        outcome = self.runtime.place(request(number))
+        assert isinstance(outcome, Decision)
+        feedback.expect(outcome, alias, self.clock())
+        return feedback.mark(number)
 
     def route(self, number: int, prompt: UInt64Array | None = None, **more: object) -> str:
         """Decide; returns the endpoint."""
@@ -65,6 +80,7 @@ def joined(*replicas: Replica) -> None:
     for speaker in replicas:
         others = [each for each in replicas if each is not speaker]
         speaker.circle.tell = partial(_hear, speaker, others)
+        speaker.circle.tell_one = partial(_hear_one, speaker, {each.circle.name: each for each in others})
         for other in others:
             other.circle.greeted(speaker.circle.name, speaker.circle.greeting())
 
@@ -74,9 +90,14 @@ def _hear(speaker: Replica, others: list[Replica], data: bytes) -> None:
         other.circle.hear(speaker.circle.name, words.unbatch(words.batch([data])))
 
 
+def _hear_one(speaker: Replica, others: dict[str, Replica], name: str, data: bytes) -> None:
+    if name in others:
+        _hear(speaker, [others[name]], data)
+
+
 def taught(pupil: Replica, teacher: Replica) -> None:
     """Tell one all that another knows, in pieces of bytes."""
-    for word in (teacher.circle.standing(), *teacher.circle.knowledge(), words.Handed()):
+    for word in (teacher.circle.standing(), *teacher.circle.knowledge(words.Wanted(lessons=True)), words.Handed()):
         pupil.circle.hear(teacher.circle.name, words.unbatch(words.batch([words.encode(word)])))
 
 

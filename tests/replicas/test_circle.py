@@ -160,6 +160,45 @@ def test_who_comes_late_is_told_all(two: tuple[Replica, Replica], clock: ManualC
     assert not late.circle.wants("one")
 
 
+def test_who_comes_late_is_told_what_was_learned(two: tuple[Replica, Replica], clock: ManualClock) -> None:
+    one, _ = two
+    worked(one, clock)
+    late = Replica("late", clock)
+    late.circle.greeted("one", one.circle.greeting())
+    assert late.circle.wants("one")
+    taught(late, one)
+    mine, theirs = one.scheduler.learned, late.scheduler.learned
+    assert theirs.prefill.count == mine.prefill.count > 0
+    assert theirs.output_tokens.value == mine.output_tokens.value
+    assert late.scheduler._bytes_per_token.value == one.scheduler._bytes_per_token.value
+
+
+def test_who_does_not_ask_for_lessons_is_told_none(two: tuple[Replica, Replica], clock: ManualClock) -> None:
+    """A replica of the version before understands none."""
+    one, _ = two
+    worked(one, clock)
+    said = list(one.circle.knowledge(words.Wanted()))
+    assert said
+    assert not any(isinstance(word, words.Taught) for word in said)
+
+
+def test_lessons_that_nobody_has_asked_for_are_not_heard(two: tuple[Replica, Replica], clock: ManualClock) -> None:
+    one, other = two
+    for name in ENDPOINTS:
+        one.scheduler.learned.prefill_speed.add(one.scheduler.pool.row(name) or 0, expected=9.0, took=1.0)
+    other.circle.hear("one", list(one.circle.knowledge(words.Wanted(lessons=True))))
+    assert other.scheduler.learned.prefill_speed.sums(0) == (0.0, 0.0)
+
+
+def worked(replica: Replica, clock: ManualClock) -> None:
+    for number in range(1, 60):
+        replica.route(number, blocks(**{f"p{number}": 20 + number % 3}))
+        clock.advance(0.5)
+        replica.runtime.emit(FirstToken(number))
+        clock.advance(1.0)
+        replica.finish(number, Usage(prompt_tokens=1000, completion_tokens=50, cached_tokens=0))
+
+
 def test_who_knows_nothing_is_not_asked(clock: ManualClock) -> None:
     late, fresh = Replica("late", clock), Replica("fresh", clock)
     late.circle.greeted("fresh", fresh.circle.greeting())

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fakes import ManualClock, blocks
 from picker.replicas.circle import LEASE
 from picker.replicas.direct import Address, Direct
+from picker.wire.als import Ended
 from replicas.company import SECRET, Replica, port, until
 
 PROMPT = blocks(system=40)
@@ -160,3 +161,17 @@ async def test_nobody_there_is_a_problem_in_words() -> None:
         async with one.running() as first:
             await until(lambda: first.circle.problem is not None)
             assert first.route(1)
+
+
+async def test_an_access_log_entry_finds_its_owner() -> None:
+    _, _, (one, two, three) = called("one", "two", "three")
+    async with one.running() as first, two.running() as second, three.running() as third:
+        lean = [each.lean() for each in (first, second, third)]
+        await until(lambda: all(each.circle.connected == 2 for each in (first, second, third)))
+        mark = second.hand_on(lean[1], 1)
+        await until(lambda: first.all_inflight == third.all_inflight == 1)
+        lean[0].opened()
+        await until(lambda: lean[1]._logs_elsewhere == lean[2]._logs_elsewhere == 1)
+        lean[0].hear(Ended(mark, "", 200, None, None, None, None))
+        await until(lambda: len(lean[1]) == first.all_inflight == third.all_inflight == 0)
+        assert third.metric("picker_replicas_entries_taken_total") == 0

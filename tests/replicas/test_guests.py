@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import blocks, scheduler
+from fakes import NOW, blocks, scheduler
 from picker.replicas.guests import Guests
 from picker.replicas.words import Broke, Ended, FromReplica, Routed, Standing, Token
 from picker.types import Booked, Failed, FailureReason, Finished, FirstToken
@@ -23,6 +23,21 @@ def test_an_id_of_theirs_is_one_of_ours_until_it_ends() -> None:
     assert guests.facts("r", Ended(7, 200, None)) == [Finished(-1, 200)]
     assert guests.facts("r", Ended(7, 200, None)) == []
     assert len(guests) == 0
+
+
+def test_a_first_token_that_is_heard_late_releases_and_teaches_nothing_of_how_long_it_took() -> None:
+    guests, subject = Guests(), scheduler("a", "b")
+    learned: list[int] = []
+    for late in (True, False):
+        for number in range(1, 60):
+            at = NOW + 3.0 * number + 1000.0 * (not late)
+            for word, after in ((routed(number), 0.0), (Token(number), 1.0), (Ended(number, 200, None), 2.0)):
+                for fact in guests.facts("r", word, late=late):
+                    subject.apply(fact, at + after)
+                if isinstance(word, Token):
+                    assert not subject.pool.prefilling.any()
+        learned.append(subject.learned.prefill.count)
+    assert learned[0] == 0 < learned[1]
 
 
 def test_words_about_requests_that_nobody_knows_are_nothing() -> None:

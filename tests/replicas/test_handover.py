@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from fakes import blocks
 from picker.prefix.approximate import ApproximateIndex
-from picker.replicas.handover import Receiver, offer
-from picker.replicas.words import Held, Node
-from picker.types import UInt64Array
+from picker.replicas.handover import Receiver, lessons_of, offer, taught
+from picker.replicas.words import Held, Node, Taught, batch, encode, unbatch
+from picker.types import EndpointLessons, Lessons, UInt64Array
 
 NAMES = ("a", "b", "c")
 
@@ -113,3 +113,48 @@ def test_a_prompt_that_leads_to_itself_is_refused() -> None:
         receiver.take(node)
     with pytest.raises(ValueError, match="leads nowhere"):
         receiver.take(Held("a", 2))
+
+
+# --- what was learned --------------------------------------------------------------------------------------
+
+LESSONS = Lessons(
+    prefill={-2: np.arange(15.0).reshape(3, 5), 4: np.empty((0, 5))},
+    decode={0: np.ones((2, 4))},
+    ratios={"output_tokens": (300.0, 1.5)},
+    rates={"arrivals": (60.0, 30.0)},
+    endpoints=(EndpointLessons("a", (1.0, 2.0), (3.0, 4.0), 0.5, 1000.0, 900.0, 7.0), EndpointLessons("b")),
+)
+
+
+def test_lessons_are_the_same_in_words() -> None:
+    (word,) = unbatch(batch([encode(taught(LESSONS))]))
+    assert isinstance(word, Taught)
+    heard = lessons_of(word)
+    for mine, theirs in ((LESSONS.prefill, heard.prefill), (LESSONS.decode, heard.decode)):
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[size], theirs[size]) for size in mine)
+    assert (heard.ratios, heard.rates, heard.endpoints) == (LESSONS.ratios, LESSONS.rates, LESSONS.endpoints)
+
+
+NAN, TOO_MUCH = float("nan"), {0: np.ones((2000, 5)).tobytes()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ratios": {"tied": (NAN, 1.0)}},
+        {"rates": {"work": (-1.0, 1.0)}},
+        {"rates": {"work": (1.0, float("inf"))}},
+        {"endpoints": [("a", 1.0, NAN, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0)]},
+        {"prefill": {0: b"123"}},
+        {"prefill": {0: np.ones((1, 4)).tobytes()}},
+        {"prefill": {0: np.full((1, 5), NAN).tobytes()}},
+        {"decode": {0: np.full((1, 4), -1.0).tobytes()}},
+        {"decode": {9999: np.ones((1, 4)).tobytes()}},
+        {"prefill": TOO_MUCH},
+    ],
+)
+def test_lessons_that_nobody_can_have_learned_are_refused(change: dict[str, object]) -> None:
+    word = Taught(**({"prefill": {}, "decode": {}, "ratios": {}, "rates": {}, "endpoints": []} | change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"that nobody can have|of no size|multiple of element size"):
+        lessons_of(word)

@@ -13,6 +13,7 @@ import pytest
 from fakes import ManualClock, blocks
 from picker.replicas.circle import LEASE
 from picker.replicas.redis_bus import RedisBus
+from picker.wire.als import Ended
 from replicas.company import SECRET, Replica, until
 
 redis = pytest.importorskip("redis", reason="the library `redis` is not installed")
@@ -119,3 +120,17 @@ async def test_who_has_another_secret_is_not_heard(server: Server) -> None:
     async with running("one", server, clock) as one, running("two", server, clock, b"somebody else's secret"):
         await until(lambda: one.circle.refused > 0)
         assert one.circle.connected == 0
+
+
+async def test_an_access_log_entry_finds_its_owner(server: Server) -> None:
+    clock = ManualClock()
+    async with running("one", server, clock) as one, running("two", server, clock) as two:
+        lean = one.lean(), two.lean()
+        await until(lambda: one.circle.connected == two.circle.connected == 1)
+        marks = [two.hand_on(lean[1], number) for number in range(1, 200)]
+        await until(lambda: one.all_inflight == 199)
+        lean[0].opened()
+        await until(lambda: lean[1]._logs_elsewhere == 1)
+        for mark in marks:
+            lean[0].hear(Ended(mark, "", 200, None, None, None, None))
+        await until(lambda: len(lean[1]) == one.all_inflight == 0)

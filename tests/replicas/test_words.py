@@ -2,6 +2,7 @@
 
 import contextlib
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,3 +107,17 @@ def test_a_word_of_a_later_version_is_refused() -> None:
 def test_hashes_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of element size"):
         words.blocks(b"123")
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ([30, 1, "old", 256, 7], words.Greeting(1, "old", 256, 7)),
+        ([33, 7], words.Alive(7)),
+        ([34], words.Wanted()),
+        # And one that will be: what it says beyond is for those who know of it.
+        ([33, 7, 1, 2.0, {}, "news"], words.Alive(7, 1, 2.0)),
+    ],
+)
+def test_a_replica_of_another_version_is_understood(said: list[object], heard: words.Word) -> None:
+    assert words.unbatch(words.batch([msgspec.msgpack.encode(said)])) == [heard]

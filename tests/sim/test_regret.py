@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -92,7 +93,7 @@ class Flipped:
 
     def submit(self, request: Request, now: float) -> Decision | Rejection | Queued:
         if request.id == self.at and not request.exclude:
-            request = replace(request, exclude=frozenset({"pod-0"}))
+            request = msgspec.structs.replace(request, exclude=frozenset({"pod-0"}))
         return self.router.submit(request, now)
 
     def apply(self, fact: Fact, now: float) -> None:

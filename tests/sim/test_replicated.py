@@ -98,3 +98,17 @@ def test_one_that_comes_anew_is_told_what_is_known(two: Replicated) -> None:
     assert agreement(fresh, first, prompts) == 0.0
     two.deliver(7.02)
     assert agreement(fresh, first, prompts) == 1.0
+
+
+@pytest.mark.parametrize("lessons", [True, False])
+def test_one_that_comes_anew_is_told_what_was_learned(lessons: bool) -> None:
+    router = Replicated(schedulers(2), delay=0.01, choose=lambda request: 0, lessons=lessons)
+    TRIAL.cluster(router).run(TRIAL.arrivals())
+    router.kill(1, 100.0)
+    router.start(1, schedulers(1)[0], 105.0)
+    router.deliver(106.0)
+    old, new = router.schedulers
+    assert old is not None
+    assert new is not None
+    assert (new.learned.prefill.count > 0) is lessons
+    assert (new.learned.output_tokens.value == old.learned.output_tokens.value) is lessons

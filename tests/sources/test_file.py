@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picker.errors import ConfigError
-from picker.sources.file import MAX_FILE_BYTES, FileSource, load_endpoints, parse_endpoints
+from picker.sources.file import (
+    MAX_FILE_BYTES,
+    Entry,
+    FileSource,
+    Terms,
+    load_endpoints,
+    load_entries,
+    parse_endpoints,
+    parse_entries,
+)
 from picker.types import Endpoint, EndpointAdded, EndpointRemoved, Fact, Role
 
 
@@ -213,11 +222,11 @@ async def test_an_unchanged_file_says_nothing(watched: Watched) -> None:
 async def test_an_unchanged_file_is_not_read_again(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[Path] = []
 
-    def load(path: Path) -> tuple[Endpoint, ...]:
+    def load(path: Path) -> tuple[Entry, ...]:
         reads.append(path)
-        return load_endpoints(path)
+        return load_entries(path)
 
-    monkeypatch.setattr("picker.sources.file.load_endpoints", load)
+    monkeypatch.setattr("picker.sources.file.load_entries", load)
     await watched.run(nothing, nothing, lambda: watched.put("c:1"), nothing)
     assert len(reads) == 2
 
@@ -229,13 +238,13 @@ async def test_an_edit_that_keeps_the_size_is_seen(watched: Watched) -> None:
 async def test_a_file_caught_in_the_middle_of_a_write_is_left_for_the_next_look(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(path: Path) -> tuple[Endpoint, ...]:
-        endpoints = load_endpoints(path)
-        if endpoints == (Endpoint("a:1", "a:1"),):  # the writer goes on right after our read
+    def load(path: Path) -> tuple[Entry, ...]:
+        entries = load_entries(path)
+        if entries == (Entry(Endpoint("a:1", "a:1")),):  # the writer goes on right after our read
             watched.put("a:1", "b:1", "c:1")
-        return endpoints
+        return entries
 
-    monkeypatch.setattr("picker.sources.file.load_endpoints", load)
+    monkeypatch.setattr("picker.sources.file.load_entries", load)
     assert await watched.run(lambda: watched.put("a:1"), nothing) == [added("c:1")]
 
 
@@ -296,3 +305,99 @@ async def test_a_first_look_that_fails_raises(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("endpoints: {")
     with pytest.raises(ConfigError, match="not usable YAML"):
         await FileSource(tmp_path / "bad.yaml").run(lambda fact: None)
+
+
+# --- how endpoints are treated -----------------------------------------------------------------------------
+
+
+def test_an_entry_says_its_weight_and_the_key_that_it_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "b.key"
+    file.write_text("sk-b\n")
+    entries = parse_entries(
+        f"""
+endpoints:
+  - {{address: "a:1", weight: 2, api_key: sk-a}}
+  - {{address: "b:1", api_key_file: {file}}}
+  - address: "c:1"
+""",
+        origin="pool.yaml",
+    )
+    assert [entry.terms for entry in entries] == [Terms(2.0, "sk-a"), Terms(1.0, "sk-b", file), Terms()]
+    assert "sk-" not in repr(entries)
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ("weight: 0", "a weight is a number from 0.01"),
+        ("weight: heavy", "'weight' must be a number"),
+        ("weight: .nan", "a weight is a number from 0.01"),
+        ("weight: true", "'weight' must be a number"),
+        ("api_key: a, api_key_file: /b", "given twice"),
+        ("api_key_file: /no/such/file", "/no/such/file: cannot be read"),
+    ],
+)
+def test_terms_that_do_not_do_are_refused_with_their_place(terms: str, words: str) -> None:
+    message = refusal(f"endpoints: [{{address: 'a:1', {terms}}}]")
+    assert words in message
+    assert "endpoint 1" in message
+
+
+@pytest.mark.parametrize("key", ["31337", "'31337 with a space'", "[31337]", "{31337: 1}"])
+def test_a_key_is_never_in_a_complaint(key: str, tmp_path: Path) -> None:
+    assert "31337" not in refusal(f"endpoints: [{{address: 'a:1', api_key: {key}}}]")
+    file = tmp_path / "key"
+    file.write_text("31337 with a space")
+    assert "31337" not in refusal(f"endpoints: [{{address: 'a:1', api_key_file: {file}}}]")
+
+
+async def test_terms_are_told_before_their_endpoints_and_when_a_file_of_a_key_changes(tmp_path: Path) -> None:
+    path, key, told = tmp_path / "pool.yaml", tmp_path / "key", list[object]()
+    path.write_text(f"endpoints: [{{address: 'a:1', api_key_file: {key}}}]")
+    key.write_text("one")
+
+    async def turns() -> AsyncIterator[None]:
+        yield
+        key.write_text("other")
+        yield
+        path.write_text("endpoints: [{address: 'a:1', weight: 3.0}]")
+        yield
+
+    turning = turns()
+
+    async def sleep(seconds: float) -> None:
+        if await anext(turning, "over") is not None:
+            raise asyncio.CancelledError
+
+    source = FileSource(path, sleep=sleep, terms=lambda terms: told.append(dict(terms)))
+    with pytest.raises(asyncio.CancelledError):
+        await source.run(told.append)
+    assert told == [
+        {"a:1": Terms(1.0, "one", key)},
+        added("a:1"),
+        {"a:1": Terms(1.0, "other", key)},
+        {"a:1": Terms(3.0)},
+    ]
+
+
+async def test_another_file_takes_the_place_of_the_first_and_none_of_both(tmp_path: Path) -> None:
+    first, second, facts = tmp_path / "first", tmp_path / "second", list[Fact]()
+    first.write_text("endpoints: [{address: 'a:1'}]")
+    second.write_text("endpoints: [{address: 'b:1'}]")
+    places = iter([first, second, None])
+    source = FileSource(None, sleep=lambda seconds: move())
+
+    async def move() -> None:
+        try:
+            source.move(next(places))
+        except StopIteration:
+            raise asyncio.CancelledError from None
+
+    with pytest.raises(asyncio.CancelledError):
+        await source.run(facts.append)
+    assert facts == [added("a:1"), added("b:1"), EndpointRemoved("a:1"), EndpointRemoved("b:1")]
+
+
+async def test_a_file_without_endpoints_is_told_of(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    await watched.run(lambda: watched.write("endpoints: []"))
+    assert "lists no endpoints" in caplog.text

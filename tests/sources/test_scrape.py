@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from picker.sources import scrape
-from picker.sources.scrape import AiohttpFetch, FetchFailure, FetchResult, ScrapeSource
+from picker.sources.scrape import AiohttpFetch, FetchFailure, FetchResult, Manner, ScrapeSource
 from picker.types import (
     Endpoint,
     EndpointAdded,
@@ -167,6 +167,33 @@ async def test_an_endpoint_is_scraped_at_once_and_then_every_interval() -> None:
     assert all(0.8 <= pause <= 1.2 for pause in pauses[1:])
     assert len({round(pause, 6) for pause in pauses}) > 50
     assert [load.observed_at for load in scene.loads("a")] == times
+
+
+async def test_another_pace_holds_from_a_scrape_of_everybody_on() -> None:
+    scene = Scene(interval=1000.0)
+    for name in "ab":
+        scene.source.add(pod(name))
+    scene.pods.metrics["b:8000"] = REFUSED
+    async with scene.running():
+        await scene.time.pass_(30.0)
+        assert [len(scene.pods.times(f"http://{name}:8000/metrics")) for name in "ab"] == [1, 1]
+        scene.source.set_interval(1.0)
+        await scene.time.pass_(10.0)
+        assert 9 <= len(scene.loads("a")) <= 14
+        assert scene.health() == [("b", False, "connection refused")], "what was counted before counts"
+        scene.source.remove("a")
+        known = len(scene.loads("a"))
+        await scene.time.pass_(10.0)
+        assert len(scene.loads("a")) == known
+
+
+async def test_another_pace_is_that_of_the_start_where_nothing_runs_yet() -> None:
+    scene = Scene(interval=1000.0)
+    scene.source.add(pod("a"))
+    scene.source.set_interval(1.0)
+    async with scene.running():
+        await scene.time.pass_(10.0)
+        assert 9 <= len(scene.loads("a")) <= 14
 
 
 async def test_an_endpoint_where_nothing_runs_is_scraped_half_as_often_until_it_is_given_a_request() -> None:
@@ -580,7 +607,7 @@ async def test_fetch_returns_status_and_body_over_one_kept_connection() -> None:
         seen.append((request.transport.get_extra_info("peername"), request.headers.get("Authorization")))
         return web.Response(status=200 if request.path == "/metrics" else 404, body=b"x" * 60_000)
 
-    async with serving(handler) as url, AiohttpFetch(timeout=30, api_key="key") as fetch:
+    async with serving(handler) as url, AiohttpFetch(timeout=30, manners=lambda root: Manner("key")) as fetch:
         assert await fetch(url + "/metrics") == FetchResult(200, b"x" * 60_000)
         assert (await fetch(url + "/other")).status == 404
     assert len(set(seen)) == 1

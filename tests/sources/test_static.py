@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picker.errors import ConfigError
-from picker.sources.static import StaticSource, join_address, parse_endpoint
+from picker.sources.static import StaticSource, join_address, leads_to, parse_endpoint
 from picker.types import Endpoint, EndpointAdded, Fact
 
 
@@ -88,3 +88,24 @@ async def test_static_source_announces_each_endpoint_and_ends() -> None:
 def test_an_endpoint_given_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="'a:1' is listed 2 times"):
         StaticSource([parse_endpoint("a:1"), parse_endpoint("http://a:1/")])
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "port", "same"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1", 8080, True),
+        ("localhost:8080", "127.0.0.1", 8080, True),
+        ("127.0.0.1:8080", "localhost", 8080, True),
+        ("127.0.0.1:8080", "0.0.0.0", 8080, True),
+        ("[::1]:8080", "::", 8080, True),
+        ("[::1]:8080", "::1", 8080, True),
+        ("localhost:8080", "", 8080, True),
+        ("10.0.0.9:8080", "10.0.0.9", 8080, True),
+        ("127.0.0.1:8000", "127.0.0.1", 8080, False),
+        ("127.0.0.2:8080", "127.0.0.1", 8080, False),
+        ("10.0.0.9:8080", "0.0.0.0", 8080, False),
+        ("gpu-1:8080", "127.0.0.1", 8080, False),
+    ],
+)
+def test_an_endpoint_that_is_who_listens_is_recognised(address: str, host: str, port: int, same: bool) -> None:
+    assert leads_to(parse_endpoint(address), host, port) is same

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from picker.errors import ConfigError
@@ -37,6 +37,8 @@ PIECES = st.sampled_from(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@example("<|assistant|>\x1f")  # white space to Python, and to nobody else
+@example("<|assistant|>\x85\u2003 x")
 @given(st.lists(PIECES | st.text(max_size=5), max_size=8).map("".join))
 @settings(max_examples=40, deadline=None)
 def test_canonical_text_has_the_tokens_of_the_original_and_is_what_they_spell(kind: str, text: str) -> None:

@@ -514,3 +514,69 @@ def test_nothing_a_peer_sends_breaks_more_than_its_connection(pieces: list[bytes
         pass
     server.end(1)
     server.take()
+
+
+# --- a call that is one message each way -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half_closed", [True, False])
+def test_an_answer_is_the_message_and_the_good_end(client: Client, half_closed: bool) -> None:
+    call = client.open()
+    client.say(call, b"question", end=half_closed)
+    client.meet()
+    client.server.answer(call, b"answer")
+    client.meet()
+    assert client.data[call] == prefixed(b"answer")
+    assert client.headers[call] == [{":status": "200", "content-type": "application/grpc"}, {"grpc-status": "0"}]
+    assert call in client.ended
+    assert client.resets.get(call) == (None if half_closed else 0)
+    assert client.server.open_streams == 0
+
+
+def test_an_answer_that_does_not_fit_the_window_waits_for_room() -> None:
+    client = Client(Connection(), window=10)
+    client.meet()
+    call = client.open()
+    client.meet()
+    client.server.answer(call, b"a" * 30)
+    for _ in range(5):
+        client.meet()
+        client.acknowledge()
+    client.meet()
+    assert client.data[call] == prefixed(b"a" * 30)
+    assert client.headers[call][-1] == {"grpc-status": "0"}
+
+
+def test_an_answer_to_a_call_that_is_over_is_dropped(client: Client) -> None:
+    call = client.open()
+    client.meet()
+    client.h2.reset_stream(call)
+    client.meet()
+    client.server.answer(call, b"late")
+    assert client.server.take() == b""
+
+
+def test_empty_frames_amid_a_message_cost_nothing() -> None:
+    server = Connection()
+    client = Client(server)
+    call = client.open()
+    client.h2.send_data(call, prefixed(b"x" * 100)[:50])
+    client.meet()
+    for _ in range(100):
+        client.h2.send_data(call, b"")
+    client.meet()
+    assert len(server._streams[call].parts) == 1
+    client.h2.send_data(call, prefixed(b"x" * 100)[50:])
+    assert client.meet() == [Message(call, b"x" * 100)]
+
+
+def test_frames_amid_a_message_count_against_the_window_and_give_room_back() -> None:
+    server = Connection(stream_window=65_536)
+    client = Client(server)
+    client.meet()
+    call = client.open()
+    whole = prefixed(b"y" * 400_000)
+    for at in range(0, len(whole), 16_384):
+        client.h2.send_data(call, whole[at : at + 16_384])
+        client.meet()
+    assert client.heard[-1] == Message(call, b"y" * 400_000)

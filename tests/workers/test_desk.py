@@ -228,6 +228,24 @@ async def test_a_draining_decider_takes_nothing_new(bus: Bus) -> None:
         assert (respond.status, charges(desk)) == (503, 0)
 
 
+async def test_workers_are_ready_when_the_decider_is_and_answer_all_the_same(bus: Bus) -> None:
+    told: list[bool] = []
+    parted: list[bool] = []
+    async with bus.decider() as desk, bus.worker() as gate:
+        desk.set_serving(False)
+        gate.on_serving, gate.on_part = told.append, lambda: parted.append(True)
+        await bus.until(lambda: told == [False])
+        assert went_to(await ask(gate, BODY))
+        desk.set_serving(True)
+        await bus.until(lambda: told == [False, True])
+        desk.set_serving(True)  # nothing new
+        assert not parted
+        desk.set_serving(False)  # another leads
+        await bus.until(lambda: told == [False, True, False])
+        assert parted == [True]
+        assert went_to(await ask(gate, BODY))
+
+
 # --- no decider --------------------------------------------------------------------------------------------
 
 

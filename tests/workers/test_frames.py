@@ -49,7 +49,7 @@ requests = st.builds(
 
 
 def shown(request: Request) -> dict[str, Any]:
-    fields = {name: getattr(request, name) for name in request.__slots__}
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
     return fields | {"block_hashes": request.block_hashes.tolist(), "headers": dict(request.headers)}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 
 Cores = Set[int]
 
@@ -48,3 +49,9 @@ def pinned(cores: Cores | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def move(pid: int, cores: Cores) -> None:
+    """Have a process that runs already, all of its threads, run on these cores from here on (Linux)."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)

@@ -1,7 +1,9 @@
 """The standalone proxy beside every peer that is installed: the same requests, through each in turn.
 
 What is measured has a core to itself, client and upstream have the others. The row `direct` is no proxy at all: what
-the load generator can do by itself, and the baseline of the added latencies.
+the load generator can do by itself, and the baseline of the added latencies. Where an Envoy is installed, picker is
+measured behind one of its own, too (`picker proxy --data-plane envoy`, one worker, on the core that it has in
+`picker bench extproc`), and what each of the two uses is told apart: that row's requests per second are of two cores.
 """
 
 from __future__ import annotations
@@ -9,24 +11,28 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from picker.bench import peers
 from picker.bench.cases import CHUNKS, ENDPOINTS, PROMPT_BYTES, Case, cases, modest_rate
 from picker.bench.client import Latency, Throughput, Traffic, answers, closed_loop, open_loop
-from picker.bench.cputime import rss_bytes
+from picker.bench.cputime import family, rss_bytes, table
 from picker.bench.figures import added, row_figures
-from picker.bench.placement import Cores, pinned, placement
+from picker.bench.placement import Cores, move, pinned, placement
 from picker.bench.upstream import Upstream
 from picker.children import Child, ChildFailedError, Children, free_ports, supervised
+from picker.envoy import find_envoy
+from picker.errors import ConfigError
 
 DIRECT = "direct"
 PICKER = "picker"
+BEHIND_ENVOY = "picker+envoy"
 COLUMNS = (
     *("name", "prompt_bytes", "chunks", "requests_per_s", "cpu_us_per_request", "added_p50_ms", "added_p99_ms"),
     *("latency_requests", "added_chunk_p50_ms", "half_added_p99_ms", "rss_mb", "cores"),
+    "envoy_cpu_us_per_request",  # in no other figure of a gateway behind its own Envoy but `cores`
 )
 _PROXY = re.compile(r"proxy on http://\S+?:(\d+)/v1")
 _READY_TIMEOUT = 60.0
@@ -37,10 +43,17 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to the upstream. pid: of what is measured, None for none."""
+    """One way to the upstream. pid: of what is measured, None for none. envoy: of its Envoy, a child of that."""
 
     ports: tuple[int, ...]
     pid: int | None
+    envoy: int | None = None
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Whose CPU time counts. The first one's has that of the second in it."""
+        both = {"gateway": self.pid, "envoy": self.envoy}
+        return {name: pid for name, pid in both.items() if pid is not None}
 
 
 async def rows(
@@ -76,8 +89,7 @@ async def _repeat(upstream: Upstream, ways: Mapping[str, Way], case: Case, secon
     traffic = {name: case.traffic(upstream, way.ports) for name, way in ways.items()}
     capacity = {}
     for name, way in ways.items():
-        processes = {} if way.pid is None else {name: way.pid}
-        capacity[name] = await closed_loop(traffic[name], seconds=seconds, processes=processes)
+        capacity[name] = await closed_loop(traffic[name], seconds=seconds, processes=way.processes)
     rate = modest_rate(min(each.requests_per_s for each in capacity.values()))
     latency = {name: await open_loop(traffic[name], seconds=seconds, rate=rate) for name in ways}
     found = {
@@ -102,14 +114,22 @@ async def _at_half_load(behind: Traffic, direct: Traffic, capacity: Throughput, 
 
 def _figures(way: Way, capacity: Throughput, latency: Latency, baseline: Latency) -> Figures:
     compared = added(latency, baseline)
+    memory = {name: rss_bytes(pid) / 1e6 for name, pid in way.processes.items()}
     return {
         "requests_per_s": capacity.requests_per_s,
-        "cpu_us_per_request": next(iter(capacity.cpu_us.values()), None),
+        "cpu_us_per_request": _own(capacity.cpu_us),
+        "envoy_cpu_us_per_request": capacity.cpu_us.get("envoy"),
         **(compared if way.pid else dict.fromkeys(compared)),
         "latency_requests": len(latency.first_byte),
-        "rss_mb": rss_bytes(way.pid) / 1e6 if way.pid else None,
-        "cores": next(iter(capacity.cores.values()), None),
+        "rss_mb": _own(memory),
+        "envoy_rss_mb": memory.get("envoy"),
+        "cores": capacity.cores.get("gateway"),
     }
+
+
+def _own(figures: Mapping[str, float]) -> float | None:
+    """What is used without Envoy; None where there is no gateway."""
+    return figures["gateway"] - figures.get("envoy", 0.0) if "gateway" in figures else None
 
 
 # --- what is measured --------------------------------------------------------------------------------------
@@ -124,29 +144,60 @@ async def _running(first: Case, warn: Callable[[str], None]) -> AsyncIterator[tu
         upstream = await stack.enter_async_context(Upstream().running(ENDPOINTS))
         working = [name for name in peers.installed() if await _works(name, upstream, first, warn)]
         children = await stack.enter_async_context(supervised())
-        ways = {
-            DIRECT: Way(upstream.ports, None),
-            PICKER: await start(PICKER, children, upstream, first, places.subject),
-        }
-        for name in working:
-            ways[name] = await start(name, children, upstream, first, places.subject)
+        ways = {DIRECT: Way(upstream.ports, None)}
+        for name in (PICKER, *([BEHIND_ENVOY] if has_envoy() else []), *working):
+            ways[name] = await start(name, children, upstream, first, places.subject, beside=places.gateway)
         yield upstream, ways
 
 
-async def start(name: str, children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
-    """picker or an installed peer in front of the upstream, once it has answered `first`. cores: those it runs on."""
+async def start(
+    name: str,
+    children: Children,
+    upstream: Upstream,
+    first: Case,
+    cores: Cores | None,
+    *,
+    beside: Cores | None = None,
+) -> Way:
+    """picker or an installed peer in front of the upstream, once it has answered `first`.
+
+    cores: those it runs on; beside: those of its Envoy, if it has one, and if they are others.
+    """
     if name == PICKER:
         return await _start_picker(children, upstream, first, cores)
+    if name == BEHIND_ENVOY:
+        way = await _start_picker(children, upstream, first, cores, "--data-plane", "envoy", "--envoy-threads", "1")
+        envoy = _child(way)
+        if beside is not None:
+            move(envoy, beside)
+        return replace(way, envoy=envoy)
     return await _start_peer(children, name, upstream, first, cores)
 
 
-async def _start_picker(children: Children, upstream: Upstream, first: Case, cores: Cores | None) -> Way:
+def has_envoy() -> bool:
+    """Whether an Envoy is installed."""
+    try:
+        find_envoy()
+    except ConfigError:
+        return False
+    return True
+
+
+async def _start_picker(children: Children, upstream: Upstream, first: Case, cores: Cores | None, *flags: str) -> Way:
+    name = PICKER if not flags else BEHIND_ENVOY
     with pinned(cores):
         child = await children.start_picker(
-            PICKER, *("proxy", "--port", "0", "--admin-port", "0"), *upstream.endpoint_flags()
+            name, *("proxy", "--port", "0", "--admin-port", "0"), *flags, *upstream.endpoint_flags()
         )
     (port,) = await children.announced(child, _PROXY, timeout=_READY_TIMEOUT)
     return await _ready(children, child, int(port), first.traffic(upstream, (int(port),)))
+
+
+def _child(way: Way) -> int:
+    """The one process that picker has started."""
+    assert way.pid is not None
+    _, envoy = family(table(), way.pid)
+    return envoy.pid
 
 
 async def _start_peer(children: Children, name: str, upstream: Upstream, first: Case, cores: Cores | None) -> Way:

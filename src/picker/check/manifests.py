@@ -20,6 +20,8 @@ Try = Callable[[Papers], Awaitable[Finding]]
 
 POOL_GROUP = "inference.networking.k8s.io"
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
+_KIND = re.compile(r"[a-zA-Z]([-a-zA-Z0-9]{0,61}[a-zA-Z0-9])?")
+_GROUP = re.compile(r"|[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _POOL_KEYS = {"selector", "targetPorts", "appProtocol", "endpointPickerRef"}
 _REF_KEYS = {"group", "kind", "name", "port", "failureMode"}
 
@@ -103,6 +105,9 @@ def _rest(spec: Json) -> str | None:
         return "spec.endpointPickerRef needs a name"
     if unknown := set(ref) - _REF_KEYS:
         return f"unknown: spec.endpointPickerRef.{sorted(unknown)[0]}"
+    for key, usual, form in (("kind", "Service", _KIND), ("group", "", _GROUP)):
+        if not form.fullmatch(str(ref.get(key, usual))):
+            return f"spec.endpointPickerRef.{key} {ref[key]!r} is no {key}"
     if ref.get("failureMode", "FailClose") not in ("FailOpen", "FailClose"):
         return f"spec.endpointPickerRef.failureMode {ref['failureMode']!r} is neither FailOpen nor FailClose"
     port = ref.get("port")

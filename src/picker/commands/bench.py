@@ -160,7 +160,8 @@ def proxy(as_json: bool, **settings: Any) -> None:
     All get the same requests and one core. The added latency is against `direct`, up to the first byte of the answer
     (added_chunk: for one chunk on its way back). Few long streams fit into a window: with less than a hundred
     latency_requests, the p99 is hardly more than the slowest. half_added_p99: the same at half of what it can take.
-    Well below one of `cores`, the proxy was not what limited the requests per second.
+    Well below one of `cores`, the proxy was not what limited the requests per second. picker+envoy: behind its own
+    Envoy (`--data-plane envoy`, where one is installed); its CPU and memory are picker's own share.
     """
     from picker.bench.proxy import COLUMNS, rows
 

@@ -11,12 +11,14 @@ import click
 
 from picker.app import App, Serve, build_saturation, stopping_on_signals
 from picker.config import Config
+from picker.frontends import collector
 from picker.frontends.admin import Admin
 from picker.frontends.als import AccessLog, Feedback, predicted_seconds
 from picker.frontends.certificates import Certificates
 from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.frontends.serving import listen, port_of
 from picker.gate import Gate
+from picker.heap import keep_freed_memory
 from picker.metrics_compat import CompatMetrics
 from picker.sources.kubernetes.election import Election
 
@@ -25,6 +27,7 @@ _BEYOND_THE_QUEUE = 5.0
 
 
 async def serve(config: Config) -> None:
+    keep_freed_memory()
     app = App(config)
     epp, certificates = build(app), build_certificates(config)
     stop, leaving = asyncio.Event(), asyncio.Event()
@@ -47,10 +50,11 @@ async def serve(config: Config) -> None:
 
     frontends: list[Serve] = [ext_proc]
     if config.admin.port is not None:
-        admin, socket = Admin(app.runtime, token=config.admin.token), listen(config.admin.host, config.admin.port)
+        admin = Admin(app.runtime, token=config.admin.token, guard_metrics=config.admin.guard_metrics)
+        socket = listen(config.admin.host, config.admin.port)
         frontends.append(lambda stop: admin.serve(socket, stop))
         click.echo(f"metrics, health and debug on http://{config.admin.host}:{port_of(socket)}", err=True)
-    with stopping_on_signals(leaving):
+    with stopping_on_signals(leaving), collector.seldom():
         await app.run(frontends, stop)
 
 
@@ -84,6 +88,8 @@ def build_feedback(app: App, secret: str | None = None) -> Feedback | None:
     feedback = Feedback(app.runtime, partial(predicted_seconds, app.runtime.scheduler), secret=secret)
     unheard = "Requests routed in lean mode whose end nobody has told yet."
     app.telemetry.gauge("picker_unheard_requests", unheard, lambda: len(feedback))
+    if app.replicas is not None:
+        feedback.elsewhere = app.replicas.relay_for(feedback)
     return feedback
 
 

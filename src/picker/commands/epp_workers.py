@@ -30,11 +30,13 @@ from picker.commands.epp_serving import announce, build_certificates, build_extp
 from picker.commands.options import first_error, run, start_logging
 from picker.config import Config
 from picker.errors import ConfigError
+from picker.frontends import collector
 from picker.frontends.admin import Admin
 from picker.frontends.extproc import ExtProc, Mode
 from picker.frontends.grpc_server import GrpcServer
 from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
+from picker.heap import keep_freed_memory
 from picker.workers.desk import Desk, Terms
 from picker.workers.door import Door, Doorman
 from picker.workers.processes import Launch, Part, Processes, StartError
@@ -182,22 +184,33 @@ async def decide(orders: Orders, leaving: asyncio.Event) -> None:
     app, probes, stop = App(config, secret=orders.secret), Health(), asyncio.Event()
     desk = _desk(app, orders)
 
-    def stand(_: object) -> None:
-        probes.set_serving(bool(desk.workers) and app.leads and not leaving.is_set())
+    def stand(_: object = None) -> None:
+        say_readiness(app, desk, probes, leaving)
 
+    stand()
     desk.on_workers = stand
     if app.election is not None:
         app.election.on_change = stand
-    frontends: list[Serve] = [partial(_at_the_desk, desk, bus, probes, health, leaving, app)]
+    frontends: list[Serve] = [partial(_at_the_desk, desk, bus, probes, health, leaving, app, stand)]
     if admin is not None:
-        frontends.append(partial(Admin(app.runtime, token=config.admin.token).serve, admin))
+        routes = Admin(app.runtime, token=config.admin.token, guard_metrics=config.admin.guard_metrics)
+        frontends.append(partial(routes.serve, admin))
     await app.run(frontends, stop)
+
+
+def say_readiness(app: App, desk: Desk, probes: Health, leaving: asyncio.Event) -> None:
+    """Ready is who knows what there is to know, and is the one that serves."""
+    if not leaving.is_set():  # then workers know by themselves
+        ready = app.informed and app.leads
+        desk.set_serving(ready)
+        probes.set_serving(ready and bool(desk.workers))
 
 
 def _desk(app: App, orders: Orders) -> Desk:
     config, scheduler = app.config, app.runtime.scheduler
     terms = Terms(app.secret, config.index.block_bytes, scheduler.headers, app.exact is not None, orders.life)
     desk = Desk(app.runtime, terms, build_feedback(app, orders.mark))
+    desk.follow(app.rewriting)
     app.telemetry.registry.register(desk)
     return desk
 
@@ -209,9 +222,14 @@ async def _at_the_desk(
     health: socket.socket,
     leaving: asyncio.Event,
     app: App,
+    stand: Callable[[], None],
     stop: asyncio.Event,
 ) -> None:
     config = app.config
+
+    async def learn() -> None:
+        await app.get_informed()
+        stand()
 
     async def leave() -> None:
         await leaving.wait()
@@ -225,9 +243,10 @@ async def _at_the_desk(
     async with asyncio.TaskGroup() as tasks:
         server = GrpcServer(probes.handlers, tasks)
         await server.serve(health)
-        task = tasks.create_task(leave())
+        background = [tasks.create_task(leave()), tasks.create_task(learn())]
         await desk.serve(bus, stop, grace=config.drain_timeout_s)
-        task.cancel()
+        for task in background:
+            task.cancel()
         await server.stop(None)
 
 
@@ -241,23 +260,28 @@ async def work(orders: Orders, leaving: asyncio.Event) -> None:
     gate = RemoteGate(orders.index, clock=time.monotonic, limits=build_limits(config))
     log_of = RemoteLog(gate) if Mode(config.epp.mode) is Mode.LEAN else None
     epp = build_extproc(config, gate, log_of)
-    ready = asyncio.Event()
+    told = asyncio.Event()
 
     def serving(serving: bool) -> None:
         epp.set_serving(serving and not leaving.is_set())
-        if serving:
-            ready.set()
+        told.set()
 
     gate.on_serving, gate.streams = serving, lambda: epp.open_streams
     tls = None if certificates is None else certificates.context
     async with asyncio.TaskGroup() as tasks:
         background = [tasks.create_task(gate.run(Path(orders.bus))), tasks.create_task(follow(certificates))]
 
+        def part() -> None:
+            tasks.create_task(epp.part(0.0))
+
+        gate.on_part = part
+
         async def begin(server: GrpcServer, _: GrpcServer) -> None:
             server.keep()
             way = socket.socket(fileno=orders.descriptors[0])
             door = Door(way, partial(_taken, tasks, server, tls), lambda: server.load, server.part_from_one)
-            await _either(ready.wait(), leaving.wait())
+            # Who is asked before it is ready answers all the same: nobody is refused.
+            await _either(told.wait(), leaving.wait())
             background.append(tasks.create_task(_open_until(door, leaving, epp, config.epp.drain_delay_s)))
 
         await epp.serve_by(begin, grace=config.drain_timeout_s)
@@ -288,6 +312,7 @@ async def _adopt(server: GrpcServer, tls: ssl.SSLContext | None, connection: soc
 
 
 async def _run(orders: Orders) -> None:
+    keep_freed_memory()
     leaving = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -297,7 +322,7 @@ async def _run(orders: Orders) -> None:
             leaving.set()
 
     loop.add_reader(0, orphaned)
-    with stopping_on_signals(leaving):
+    with stopping_on_signals(leaving), collector.seldom():
         await (decide if orders.name == _DECIDER else work)(orders, leaving)
 
 

@@ -11,11 +11,15 @@ _ALL = "picker.help_all"
 
 
 class GroupedCommand(click.Command):
-    """groups: title -> names of options, as they are shown by `--help`; `--help-all` shows those in no group, too."""
+    """groups: title -> names of options, as they are shown by `--help`; `--help-all` shows those in no group, too.
 
-    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+    hint: what to say to somebody who gives a word that belongs to no option.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], hint: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.groups = groups
+        self.hint = hint
         unknown = {name for names in groups.values() for name in names} - {name for name, _ in self._named()}
         if unknown:
             raise ValueError(f"no such options: {', '.join(sorted(unknown))}")
@@ -29,6 +33,14 @@ class GroupedCommand(click.Command):
                 help="Show every option and exit.",
             )
         )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if self.hint is None or not error.message.startswith("Got unexpected extra argument"):
+                raise
+            raise click.UsageError(f"{error.message}\n{self.hint}", ctx) from None
 
     def _named(self) -> list[tuple[str, click.Parameter]]:
         return [(each.opts[-1], each) for each in self.params if isinstance(each, click.Option)]

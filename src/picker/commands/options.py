@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
-from picker.config import EXACT_BY, POLICIES, Config, load_config, override
+from picker.config import EXACT_BY, POLICIES, AdminConfig, Config, load_config, override
 from picker.errors import ConfigError
+from picker.frontends.keys import named_key
+from picker.sources.file import read_key
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+ADMIN_VARIABLE = "PICKER_ADMIN_KEY"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -89,7 +94,7 @@ def routing_config(
     load: reads the file, for commands that understand other projects' files, too.
     """
     start_logging(log_level)
-    return override(
+    config = override(
         load(config_file),
         {
             "endpoints": list(endpoints) or None,
@@ -110,6 +115,20 @@ def routing_config(
             **more,
         },
     )
+    token = admin_token(config.admin)
+    return msgspec.structs.replace(config, admin=msgspec.structs.replace(config.admin, token=token))
+
+
+def admin_token(config: AdminConfig) -> str | None:
+    """What the admin API asks for: of the configuration, its file, or the environment.
+
+    Raises ConfigError for a file that does not do.
+    """
+    if config.token_file is not None:
+        return read_key(Path(config.token_file))
+    if (given := config.token or os.environ.get(ADMIN_VARIABLE)) is not None:
+        named_key("admin", given)
+    return given
 
 
 def start_logging(level: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from picker.commands.options import routing_config, routing_options, run
 from picker.commands.proxy_control import Doors, ProxyControl
 from picker.config import DATA_PLANES, Config
 from picker.engine_survey import survey
+from picker.envoy_folder import own_folder
 from picker.envoy_process import Running
 from picker.frontends.proxy import Proxy
 from picker.frontends.serving import listen, port_of
+from picker.sources.scrape import Manners
 from picker.startup_summary import Summary, show
 
 _GROUPS = {
@@ -35,7 +36,10 @@ _GROUPS = {
 }
 
 
-@click.command(cls=GroupedCommand, groups=_GROUPS)
+_HINT = "Each endpoint has its flag: picker proxy --endpoint http://host:8000 --endpoint http://other:8000"
+
+
+@click.command(cls=GroupedCommand, groups=_GROUPS, hint=_HINT)
 @routing_options
 @click.option("--host", metavar="ADDR", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, metavar="N", help="Port; 0 takes a free one.  [default: 8080]")
@@ -119,11 +123,11 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What runs whoever carries the bytes. api_key: that clients show, and endpoints may ask for."""
+    """What runs whoever carries the bytes. manners: in which picker itself asks endpoints."""
 
     frontends: list[Serve]
     journal: RequestLog | None
-    api_key: str | None
+    manners: Manners
 
 
 async def serve(
@@ -151,26 +155,31 @@ async def serve(
         merge_models=True,
     )
     control = ProxyControl(app, proxy, doors, load, config_file)
-    beside = Beside([control.run, *_admin(config, control)], journal, doors.asking_key)
+    traffic = None if config.proxy.data_plane == "envoy" else listen(config.proxy.host, config.proxy.port)
+    beside = Beside([control.run, *_admin(config, control)], journal, doors.manners)
     leaving = asyncio.Event()
     with stopping_on_signals(leaving):
-        if config.proxy.data_plane == "envoy":
+        if traffic is None:
             await _serve_by_envoy(app, doors, beside, leaving)
         else:
-            traffic = listen(config.proxy.host, config.proxy.port)
             announce(config, port_of(traffic))
             stop = asyncio.Event()
             async with asyncio.TaskGroup() as group:
-                parting = group.create_task(proxy.part(leaving, stop, config.proxy.drain_delay_s))
+                parting = group.create_task(_part(app, proxy, leaving, stop))
                 await _run(app, partial(proxy.serve, traffic), beside, stop)
                 parting.cancel()
+
+
+async def _part(app: App, proxy: Proxy, leaving: asyncio.Event, stop: asyncio.Event) -> None:
+    await leaving.wait()
+    await proxy.part(leaving, stop, app.config.proxy.drain_delay_s)  # as it is by then
 
 
 async def _serve_by_envoy(app: App, doors: Doors, beside: Beside, leaving: asyncio.Event) -> None:
     """As `serve`, with an Envoy of its own for the bytes."""
     stop = asyncio.Event()
-    with tempfile.TemporaryDirectory(prefix="picker-proxy-") as path:
-        plane = proxy_envoy.build(app, Path(path), doors, beside.journal)
+    with own_folder() as path:
+        plane = proxy_envoy.build(app, path, doors, beside.journal)
 
         def begun(running: Running) -> None:
             announce(app.config, running.port, f", by Envoy {running.version}")
@@ -183,9 +192,9 @@ async def _run(app: App, traffic: Serve, beside: Beside, stop: asyncio.Event) ->
         if beside.journal is not None:
             await stack.enter_async_context(beside.journal.writing())
         if app.config.proxy.survey:
-            surveyor = await stack.enter_async_context(survey(api_key=beside.api_key))
+            surveyor = await stack.enter_async_context(survey(manners=beside.manners))
             summary = Summary(surveyor.ask, partial(show, Console(stderr=True)))
-            app.runtime.listen(summary.observe)
+            app.runtime.listen(summary.observe, requests=False)
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(group.create_task(summary.run()).cancel)
         await app.run([traffic, *beside.frontends], stop)

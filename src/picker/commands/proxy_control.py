@@ -1,166 +1,86 @@
-"""What can be changed of a running `picker proxy`, and the doors it has: keys, certificates, limits, admin API.
+"""What can be changed of a running `picker proxy`: its endpoints by hand, its configuration when a file has changed.
 
-Puts together what the configuration says of them, and puts a new one in force. Serves nothing.
+Of each key it says what putting it in force is, or why that takes a new process. Serves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import math
 import signal
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from picker.app import App, build_endpoint, build_limits, build_policy
+from picker.access_log import check_target
+from picker.app import CONFIGURATION, App, build_endpoint, build_policy, build_saturation, build_settings
+from picker.commands.proxy_doors import (
+    Doors,
+    allowance,
+    connection_limits,
+    endpoint_key,
+    keys_of_endpoints,
+    oldest_tls,
+    passes_on,
+    trust_files,
+)
 from picker.config import Config, EndpointSpec, to_values
 from picker.errors import ConfigError
 from picker.frontends.admin import Admin
-from picker.frontends.admin_control import closed_by_default
-from picker.frontends.certificates import Certificates, Pair
-from picker.frontends.keys import Allowance, Key, KeyFile, KeyMetrics, Keyring, named_key, parse_keys
-from picker.frontends.limits import ConnectionLimits, Door, DoorMetrics, allow_many_files
+from picker.frontends.certificates import Pair, check_pair
+from picker.frontends.keys import named_key
 from picker.frontends.proxy import Proxy
-from picker.frontends.trust import Trust, TrustFiles, build_context
+from picker.frontends.trust import build_context
 from picker.reload import Commit, NeedsRestartError, Reload
+from picker.sources.file import load_endpoints, load_entries
 from picker.sources.roster import Standing, UnknownEndpointError
+from picker.sources.static import leads_to
+from picker.types import Endpoint
 
-KEYS_VARIABLE = "PICKER_API_KEYS"  # entries as in a file of keys, between commas or on lines of their own
-ADMIN_VARIABLE = "PICKER_ADMIN_KEY"
+__all__ = ["Doors", "ProxyControl"]
+
+log = logging.getLogger("picker.reload")
+
 _POLICY = (
     *("policy", "scorers", "filters", "picker", "profiles", "profile", "profile_header", "prefill_profile"),
     *("saturation",),
 )
-
-
-class Doors:
-    """Who comes in where, and what endpoints are shown: of one proxy, as its configuration says.
-
-    api_key: of the command line or its environment.
-    """
-
-    def __init__(self, config: Config, api_key: str | None = None) -> None:
-        """Raises ConfigError for what does not do."""
-        allow_many_files()
-        self.refreshers: dict[str, Callable[[], bool]] = {}
-        self.keys = self._data_keys(config, api_key)
-        self.admin_keys = self._admin_keys(config)
-        self.trust = Trust(trust_files(config), key=endpoint_key(config), pass_on=passes_on(config))
-        self.trust.learn(endpoint_keys(config))
-        # Endpoints that ask for clients' keys ask picker, too, when it wants to know their models.
-        self.asking_key = self.trust.key or (api_key if self.trust.pass_on else None)
-        self.refreshers["upstream certificates"] = self.trust.refresh
-        tls = config.connections
-        self.data = Door(connection_limits(config), self._tls("certificate", tls.tls_cert, tls.tls_key, config))
-        admin = config.admin
-        self.admin = Door(tls=self._tls("admin certificate", admin.tls_cert, admin.tls_key))
-        if admin.port is not None:
-            closed_by_default(admin.host, self.admin_keys, read_only=admin.read_only)
-
-    def _data_keys(self, config: Config, api_key: str | None) -> Keyring:
-        fixed = fixed_keys(api_key, os.environ.get(KEYS_VARIABLE))
-        ring = Keyring(fixed, allowance=allowance(config))
-        if config.keys.file is not None:
-            self.refreshers["keys"] = KeyFile(ring, Path(config.keys.file), fixed).refresh
-        return ring
-
-    def _admin_keys(self, config: Config) -> Keyring:
-        given = config.admin.token or os.environ.get(ADMIN_VARIABLE)
-        fixed = [] if given is None else [named_key("admin", given)]
-        ring = Keyring(fixed)
-        if config.admin.keys_file is not None:
-            self.refreshers["admin keys"] = KeyFile(ring, Path(config.admin.keys_file), fixed).refresh
-        return ring
-
-    def _tls(self, name: str, cert: str | None, key: str | None, config: Config | None = None) -> ssl.SSLContext | None:
-        if cert is None or key is None:
-            return None
-        ca = None if config is None else _path(config.connections.tls_client_ca)
-        oldest = ssl.TLSVersion.TLSv1_2
-        if config is not None and config.connections.tls_min_version == "1.3":
-            oldest = ssl.TLSVersion.TLSv1_3
-        pair = Pair(Path(cert), Path(key))
-        certificates = Certificates(None, pair=pair, client_ca=ca, oldest=oldest, protocol="http/1.1")
-        self.refreshers[name] = certificates.refresh
-        return certificates.context
-
-    def export(self, app: App) -> None:
-        """Have what passes the doors counted, and endpoints asked for their metrics as the proxy asks them."""
-        app.scrape_key = self.asking_key
-        if self.trust.files != TrustFiles():
-            app.scrape_tls = self.trust.context
-        app.telemetry.registry.register(KeyMetrics(self.keys))
-        app.telemetry.registry.register(DoorMetrics(self.data))
-
-
-def fixed_keys(api_key: str | None, variable: str | None) -> tuple[Key, ...]:
-    """The keys of command line and environment."""
-    keys = [] if api_key is None else [named_key("default", api_key)]
-    if variable:
-        keys += parse_keys("\n".join(variable.replace(",", "\n").split("\n")), origin=KEYS_VARIABLE)
-    return tuple(keys)
-
-
-def connection_limits(config: Config) -> ConnectionLimits:
-    told = config.connections
-    return ConnectionLimits(
-        max_connections=told.max_connections,
-        max_head_bytes=told.max_head_bytes,
-        max_target_bytes=told.max_target_bytes,
-        max_headers=told.max_headers,
-        head_timeout=told.head_timeout_s,
-        idle_timeout=told.idle_timeout_s,
-    )
-
-
-def allowance(config: Config) -> Allowance:
-    return Allowance(config.keys.max_concurrent, config.keys.max_body_bytes)
-
-
-def trust_files(config: Config) -> TrustFiles:
-    told = config.upstream
-    return TrustFiles(_path(told.ca), _path(told.cert), _path(told.key), told.server_name, told.insecure)
-
-
-def endpoint_key(config: Config) -> str | None:
-    """What is sent to endpoints without a key of their own; raises ConfigError for a file that does not do."""
-    if config.upstream.api_key_file is None:
-        key = config.upstream.api_key
-    else:
-        try:
-            key = Path(config.upstream.api_key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"upstream.api_key_file: {config.upstream.api_key_file}: cannot be read: {error}"
-            ) from None
-    if key is not None:
-        named_key("upstream.api_key", key)
-    return key
-
-
-def endpoint_keys(config: Config) -> dict[str, str]:
-    """The keys of endpoints that have one of their own, by name."""
-    specs = [spec for spec in config.endpoints if isinstance(spec, EndpointSpec)]
-    return {build_endpoint(spec).name: spec.api_key for spec in specs if spec.api_key is not None}
-
-
-def passes_on(config: Config) -> bool:
-    """Whether clients' keys go on to endpoints: where they are not picker's own business, unless told."""
-    if config.keys.pass_on is not None:
-        return config.keys.pass_on
-    return config.keys.file is None and not os.environ.get(KEYS_VARIABLE)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
-
-
-# --- changing ----------------------------------------------------------------------------------------------
+_OPEN = "it is open"
+_AT_THE_START = "it is built once, at the start"
+# Why a key, or a section, takes a new process. Whatever is neither here nor in `ProxyControl._live` has no such reason.
+FIXED = {
+    "proxy.host": _OPEN,
+    "proxy.port": _OPEN,
+    "proxy.data_plane": "the other one would have to take over the port",
+    "proxy.envoy_binary": "Envoy runs",
+    "proxy.envoy_threads": "Envoy runs",
+    "proxy.survey": "endpoints have been asked, or not, as they came",
+    "connections.tls_client_ca": "an open port can be told to trust more, and not less",
+    "admin.host": _OPEN,
+    "admin.port": _OPEN,
+    "admin.read_only": "its routes are made at the start",
+    "admin.guard_metrics": "its routes are made at the start",
+    "api": "its port, its key and its limits are those it was opened with",
+    "index": _AT_THE_START,
+    "exact": "what engines cache is followed from the start",
+    "kubernetes": "the API server is followed from the start",
+    "replicas": "the others know this one by it",
+    "record": "a trace is whole, from the beginning",
+    "seed": "choices have been made with the other one",
+}
+# What Envoy has been told in the configuration that it was started with.
+_ENVOY = dict.fromkeys(
+    (
+        *("connections", "upstream", "retry.statuses", "keys.pass_on", "queue.timeout_s"),
+        *("limits.max_body_bytes", "limits.max_attempts", "limits.name_endpoint", "epp.max_message_bytes"),
+        *("proxy.connect_timeout_s", "proxy.first_byte_timeout_s", "proxy.idle_timeout_s"),
+    ),
+    "Envoy is told at its start",
+)
 
 
 class ProxyControl:
@@ -178,8 +98,31 @@ class ProxyControl:
         self.proxy = proxy
         self.doors = doors
         load = load or (lambda: app.config)
-        self.reloading = Reload(app.config, load, self._live(), doors.refreshers, watched, set_log_level)
+        fixed = FIXED | (_ENVOY if app.config.proxy.data_plane == "envoy" else {})
+        self.reloading = Reload(app.config, load, self._live(), doors.refreshers, watched, self._in_force, fixed)
         set_log_level(app.config)
+        require_elsewhere(app.config)
+        if app.config.proxy.data_plane == "envoy":
+            self._refuse_own_keys(keys_of_endpoints(app.config))
+            if app.config.endpoints_file is not None:
+                entries = load_entries(Path(app.config.endpoints_file))
+                self._refuse_own_keys({entry.endpoint.name: entry.terms.key for entry in entries})
+            app.tell_keys = self._warn_of_keys
+
+    def _refuse_own_keys(self, keys: Mapping[str, str | None]) -> None:
+        """Raises ConfigError where Envoy carries the bytes and endpoints have keys of their own, by name."""
+        named = [name for name, key in keys.items() if key is not None]
+        if named and self.app.config.proxy.data_plane == "envoy":
+            raise ConfigError(
+                f"endpoint {named[0]!r}: api_key: --data-plane envoy has one key for all (upstream.api_key)"
+            )
+
+    def _warn_of_keys(self, owner: str, keys: Mapping[str, str | None]) -> None:
+        """Of a file that names keys while Envoy runs."""
+        try:
+            self._refuse_own_keys(keys)
+        except ConfigError as error:
+            log.warning("%s: %s; it is not sent", owner, error)
 
     def admin(self) -> Admin:
         """The admin API, with what can be changed."""
@@ -189,6 +132,7 @@ class ProxyControl:
             keys=self.doors.admin_keys,
             control=self,
             read_only=config.read_only,
+            guard_metrics=config.guard_metrics,
             door=self.doors.admin,
         )
 
@@ -229,14 +173,14 @@ class ProxyControl:
             spec = msgspec.convert(dict(values), EndpointSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(str(error)) from None
-        if spec.api_key is not None:
-            named_key("api_key", spec.api_key)
+        key = _key_of(spec)
         endpoint = build_endpoint(spec)
+        _require_elsewhere(endpoint, self.app.config)
+        self._refuse_own_keys({endpoint.name: key})
         self.app.roster.add(endpoint)
         if spec.weight != 1.0:
             self.app.roster.weigh(endpoint.name, spec.weight)
-        if spec.api_key is not None:
-            self.doors.trust.keys[endpoint.name] = spec.api_key
+        self.doors.endpoint_keys.add(endpoint.name, key)
         return self.endpoint(endpoint.name)
 
     def remove(self, name: str) -> dict[str, Any]:
@@ -245,7 +189,7 @@ class ProxyControl:
         if owners:
             back = f"listed by {owners[0]}: it stays away until it is added here, or that list drops and names it again"
             return {"name": name, "removed": True, "note": back}
-        self.doors.trust.keys.pop(name, None)
+        self.doors.endpoint_keys.drop(name)
         return {"name": name, "removed": True, "note": None}
 
     def drain(self, name: str, *, draining: bool) -> dict[str, Any]:
@@ -271,67 +215,95 @@ class ProxyControl:
     def reload(self) -> dict[str, Any]:
         return self.reloading.again().values()
 
+    def _in_force(self, config: Config) -> None:
+        self.app.config = config
+        self.doors.adopt(config)
+        set_log_level(config)
+
     def _live(self) -> Mapping[tuple[str, ...], Callable[[Config], Commit]]:
         return {
-            ("endpoints",): self._endpoints,
-            _POLICY: self._policy,
-            ("limits", "objectives"): self._limits,
-            ("queue.size", "queue.max_inflight"): self._queue,
-            ("proxy.first_byte_timeout_s", "proxy.idle_timeout_s", "drain_timeout_s"): self._times,
+            ("endpoints", "endpoints_file"): self._endpoints,
+            (*_POLICY, "queue", "retry", "health"): self._scheduling,
+            ("limits", "objectives", "retry.statuses", "models"): self._limits,
+            ("scrape", "health.path"): self._scraping,
+            (
+                *("proxy.connect_timeout_s", "proxy.first_byte_timeout_s", "proxy.idle_timeout_s"),
+                *("proxy.drain_delay_s", "drain_timeout_s", "health.stall_s"),
+            ): self._times,
+            ("proxy.access_log",): self._access_log,
             (
                 *("connections.max_connections", "connections.max_head_bytes", "connections.max_target_bytes"),
                 *("connections.max_headers", "connections.head_timeout_s", "connections.body_timeout_s"),
                 "connections.idle_timeout_s",
             ): self._connections,
-            ("keys.max_concurrent", "keys.max_body_bytes", "keys.pass_on"): self._keys,
+            ("connections.tls_cert", "connections.tls_key", "connections.tls_min_version"): self._certificate,
+            ("admin.tls_cert", "admin.tls_key"): self._admin_certificate,
+            ("keys",): self._keys,
+            ("admin.token", "admin.token_file", "admin.keys_file"): self.doors.admin_ring,
             ("upstream",): self._upstream,
-            ("log_level",): self._log_level,
+            ("log_level", "epp"): lambda config: lambda: None,  # see `set_log_level`; what `picker epp` goes by
         }
 
     def _endpoints(self, config: Config) -> Commit:
-        for spec in config.endpoints:
-            build_endpoint(spec)
-        if self.app.discovery is not None or not (config.endpoints or config.endpoints_file):
+        if self.app.discovery is not None:
+            raise NeedsRestartError("they come from Kubernetes")
+        if not (config.endpoints or config.endpoints_file):
             raise ConfigError("endpoints: there must be one, or a file of them")
-        keys = endpoint_keys(config)
-        names = [build_endpoint(spec).name for spec in config.endpoints]
-        if len(set(names)) < len(names):
+        require_elsewhere(config)
+        keys = keys_of_endpoints(config)
+        self._refuse_own_keys(keys)
+        if len(keys) < len(config.endpoints):
             raise ConfigError("endpoints: two of them have the same name")
+        file = None if config.endpoints_file is None else Path(config.endpoints_file)
+        moved = config.endpoints_file != self.reloading.config.endpoints_file
+        if moved and file is not None:
+            load_endpoints(file)
 
         def commit() -> None:
-            added = self.app.roster.all()
-            ours = {name: key for name, key in self.doors.trust.keys.items() if name in added and name not in names}
-            self.doors.trust.learn(ours | keys)
+            self.doors.endpoint_keys.say(CONFIGURATION, keys)
             self.app.list_endpoints(config)
+            if moved:
+                self.app.endpoints_file.move(file)
 
         return commit
 
-    def _policy(self, config: Config) -> Commit:
+    def _scheduling(self, config: Config) -> Commit:
+        runtime, policy = self.app.runtime, self.app.policy
         profile, picker = build_policy(config)
-        if config.saturation != self.reloading.config.saturation:
-            raise NeedsRestartError
-        if not frozenset(getattr(profile, "headers", ())) <= self.app.policy.headers:
-            raise NeedsRestartError  # requests are told to the scheduler with the headers that it first asked for
-        return lambda: self.app.policy.replace(profile, picker)
+        settings, detector = build_settings(config), build_saturation(config)
+        before = self.reloading.config
+        asked_for = frozenset(getattr(profile, "headers", ()))
+        if before.proxy.data_plane == "envoy" and not asked_for <= runtime.headers:
+            raise NeedsRestartError("Envoy passes the headers on that were asked for at its start")
+        decides_anew = any(getattr(config, key) != getattr(before, key) for key in _POLICY)
+
+        def commit() -> None:
+            if decides_anew:
+                policy.replace(profile, picker)
+                runtime.scheduler.watch_saturation(detector)
+            runtime.scheduler.tune(settings, runtime.clock())
+            runtime.headers = runtime.scheduler.headers
+            runtime.queue_timeout = config.queue.timeout_s
+            runtime.patience = config.health.hang_floor_s or math.inf
+            runtime.learn(())  # there may be room for who waits
+
+        return commit
 
     def _limits(self, config: Config) -> Commit:
-        discovery = self.app.discovery
-        limits = build_limits(config, None if discovery is None else discovery.objectives)
-
         def commit() -> None:
-            self.app.runtime.limits = limits
+            self.app.runtime.limits = self.app.limits_of(config)
 
         return commit
 
-    def _queue(self, config: Config) -> Commit:
-        before, after = self.reloading.config.queue.max_inflight, config.queue.max_inflight
-        if (before is None) != (after is None):
-            raise NeedsRestartError  # who waits is told apart by headers that are asked for from the start
-        scheduler = self.app.runtime.scheduler
-
+    def _scraping(self, config: Config) -> Commit:
         def commit() -> None:
-            scheduler.settings = replace(scheduler.settings, max_inflight=after)
-            scheduler.queue.capacity = config.queue.size
+            scraper, fetch = self.app.scraper, self.app.fetch
+            if scraper is None or fetch is None:
+                return  # it begins with these
+            fetch.set_timeout(config.scrape.timeout_s)
+            scraper.health_path = config.health.path
+            if scraper.interval != config.scrape.interval_s:
+                scraper.set_interval(config.scrape.interval_s)
 
         return commit
 
@@ -339,9 +311,18 @@ class ProxyControl:
         def commit() -> None:
             self.proxy.first_byte_timeout = config.proxy.first_byte_timeout_s
             self.proxy.idle_timeout = config.proxy.idle_timeout_s
+            self.proxy.set_connect_timeout(config.proxy.connect_timeout_s)
+            self.proxy.stall_timeout = config.health.stall_s
             self.proxy.grace = config.drain_timeout_s
 
         return commit
+
+    def _access_log(self, config: Config) -> Commit:
+        journal, target = self.proxy.journal, config.proxy.access_log
+        if journal is None or target is None:
+            raise NeedsRestartError("requests under way are in it, or are not")
+        check_target(target)
+        return lambda: journal.move(target)
 
     def _connections(self, config: Config) -> Commit:
         def commit() -> None:
@@ -350,8 +331,29 @@ class ProxyControl:
 
         return commit
 
+    def _certificate(self, config: Config) -> Commit:
+        told = config.connections
+        return self._pair("certificate", told.tls_cert, told.tls_key, oldest_tls(config))
+
+    def _admin_certificate(self, config: Config) -> Commit:
+        return self._pair("admin certificate", config.admin.tls_cert, config.admin.tls_key, ssl.TLSVersion.TLSv1_2)
+
+    def _pair(self, name: str, cert: str | None, key: str | None, oldest: ssl.TLSVersion) -> Commit:
+        certificates = self.doors.certificates.get(name)
+        if certificates is None and cert is None:
+            return lambda: None
+        if certificates is None or cert is None or key is None:
+            raise NeedsRestartError("an open port speaks TLS from the start or never")
+        pair = Pair(Path(cert), Path(key))
+        check_pair(pair)
+        return lambda: certificates.change(pair, oldest)
+
     def _keys(self, config: Config) -> Commit:
+        before, file = self.reloading.config.keys.file, self.doors.key_file(config)
+
         def commit() -> None:
+            if config.keys.file != before:
+                file()
             self.doors.keys.allowance = allowance(config)
             self.doors.trust.pass_on = passes_on(config)
 
@@ -367,8 +369,29 @@ class ProxyControl:
 
         return commit
 
-    def _log_level(self, config: Config) -> Commit:
-        return lambda: None  # see `set_log_level`
+
+def require_elsewhere(config: Config) -> None:
+    """Raises ConfigError for an endpoint of the configuration that is this gateway: it would call itself for ever."""
+    for spec in config.endpoints:
+        _require_elsewhere(build_endpoint(spec), config)
+
+
+def _require_elsewhere(endpoint: Endpoint, config: Config) -> None:
+    doors = [("this gateway itself", config.proxy.host, config.proxy.port)]
+    if config.admin.port is not None:
+        doors.append(("this gateway's admin API", config.admin.host, config.admin.port))
+    for what, host, port in doors:
+        if leads_to(endpoint, host, port):
+            raise ConfigError(f"endpoint {endpoint.name!r} is {what}; an endpoint is where an engine listens")
+
+
+def _key_of(spec: EndpointSpec) -> str | None:
+    """The key of an endpoint that is added by hand; raises ConfigError."""
+    if spec.api_key_file is not None:
+        raise ConfigError("api_key_file: by this way the key itself is given, as api_key")
+    if spec.api_key is not None:
+        named_key("api_key", spec.api_key)
+    return spec.api_key
 
 
 def set_log_level(config: Config) -> None:

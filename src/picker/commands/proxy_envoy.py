@@ -7,11 +7,12 @@ import os
 import resource
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from picker import rewrites
 from picker.access_log import RequestLog
 from picker.app import App
 from picker.commands.proxy_control import Doors
@@ -20,13 +21,23 @@ from picker.data_plane import Asking, Door, Folder, Serving, certificate, gatewa
 from picker.envoy import find_envoy
 from picker.envoy_process import KeptEnvoy, Running
 from picker.errors import ConfigError
+from picker.exchange import OBJECTIVE_HEADERS, SESSION_HEADERS, Respond, Submit
+from picker.frontends import collector, loops
 from picker.frontends.als import predicted_seconds
-from picker.frontends.extproc import Bounds, ExtProc, Mode
+from picker.frontends.extproc import Bounds, ExtProc
 from picker.frontends.grpc_server import GrpcServer
-from picker.frontends.own_feedback import OwnFeedback, OwnPorter
+from picker.frontends.headers import upstream_headers
+from picker.frontends.keys import FIELDS
+from picker.frontends.models import ModelsPage
+from picker.frontends.own_extproc import OwnExtProc
+from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
 from picker.frontends.serving import listen
 from picker.frontends.trust import Trust
+from picker.frontends.upstream import Upstream
+from picker.heap import keep_freed_memory
 from picker.pool_file import PoolFile
+from picker.runtime import Runtime
+from picker.types import Endpoint, Outcome, Queued
 
 # Seconds that a decision may take beside waiting in the queue, whose own limit answers first.
 BEYOND_THE_QUEUE = 5.0
@@ -45,12 +56,18 @@ class Plane:
     envoy: KeptEnvoy
     pool: PoolFile
     extproc: ExtProc
+    models: PoolModels
 
     async def serve(self, leaving: asyncio.Event, stop: asyncio.Event, announce: Callable[[Running], None]) -> None:
         """Serve until told to leave, then let running requests end; `stop` is set when they have.
 
         Raises ConfigError when Envoy does not come up at first.
         """
+        keep_freed_memory()
+        with collector.seldom():
+            await self._serve(leaving, stop, announce)
+
+    async def _serve(self, leaving: asyncio.Event, stop: asyncio.Event, announce: Callable[[Running], None]) -> None:
         async with asyncio.TaskGroup() as group:
             deciding = group.create_task(self.extproc.serve_by(self._begin, grace=self.app.config.drain_timeout_s))
             following = group.create_task(self.pool.run())
@@ -62,6 +79,7 @@ class Plane:
             stop.set()
             self.extproc.shutdown()
             await deciding
+            await self.models.close()
             for task in (keeping, following):
                 task.cancel()
 
@@ -84,22 +102,27 @@ def build(app: App, path: Path, doors: Doors, journal: RequestLog | None) -> Pla
         secret = SecretFile(folder, Path(config.connections.tls_cert), Path(config.connections.tls_key or ""))
         doors.refreshers["Envoy's certificate"] = secret.refresh
         secret.refresh()
-    door = _door(config, host, doors.trust)
+    via = loops.Via()
+    door = _door(app, host, doors, via, journal=journal is not None)
     pool = PoolFile(folder)
-    app.runtime.listen(pool.observe)  # before any source speaks
+    app.runtime.listen(pool.observe, requests=False)  # before any source speaks
     porter = OwnPorter(doors.keys, journal)
-    feedback = OwnFeedback(app.runtime, partial(predicted_seconds, app.runtime.scheduler), pool.names, porter)
+    models = PoolModels(app, doors.trust, via)
+    retries = RetryWatch(lambda: (app.config.retry.ratio, app.config.retry.floor))
+    feedback = OwnFeedback(app.runtime, partial(predicted_seconds, app.runtime.scheduler), pool.names, porter, retries)
     unheard = "Requests that Envoy has and has not told the end of yet."
     app.telemetry.gauge("picker_unheard_requests", unheard, lambda: len(feedback))
-    extproc = ExtProc(
+    extproc = OwnExtProc(
         app.runtime,
-        mode=Mode.LEAN,
-        feedback=feedback,
+        feedback,
         bounds=Bounds(config.connections.body_timeout_s, config.queue.timeout_s + BEYOND_THE_QUEUE),
         max_message_bytes=config.epp.max_message_bytes,
         addresses=pool.addresses,
         porter=porter,
-        whole=True,
+        retries=retries,
+        models=models.answer,
+        via=via,
+        desk=None if door.asked is None else OwnDesk(app.runtime),
     )
     envoy = KeptEnvoy(
         lambda port: gateway(door, port, folder),
@@ -109,10 +132,67 @@ def build(app: App, path: Path, doors: Doors, journal: RequestLog | None) -> Pla
         binary=binary or find_envoy(),
     )
     app.telemetry.gauge("picker_envoy_restarts", "Times that Envoy has been started again.", lambda: envoy.restarts)
-    return Plane(app, door, folder, envoy, pool, extproc)
+    return Plane(app, door, folder, envoy, pool, extproc, models)
 
 
-def _door(config: Config, host: str, trust: Trust) -> Door:
+class PoolModels:
+    """The models of all endpoints, which picker itself asks. See `ModelsPage`."""
+
+    def __init__(self, app: App, trust: Trust, via: loops.Via) -> None:
+        self._app = app
+        self._trust = trust
+        self._via = via
+        self._upstream: Upstream | None = None
+        self._page: ModelsPage | None = None
+
+    async def answer(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Respond:
+        """The list, or an entry of it. headers: of the client."""
+        if self._page is None:
+            timeout = self._app.config.proxy.connect_timeout_s
+            self._upstream = Upstream(connect_timeout=timeout, trust=self._trust)
+            self._page = self._made(self._upstream)
+        return await self._page.answer(path, headers)
+
+    def _made(self, upstream: Upstream) -> ModelsPage:
+        def dressed(endpoint: Endpoint, headers: tuple[tuple[bytes, bytes], ...]) -> list[tuple[bytes, bytes]]:
+            dressed = self._trust.dress(endpoint.name, headers, ())
+            return [*upstream_headers(*dressed, client=None, scheme="http"), self._via.mark]
+
+        runtime = self._app.runtime
+        known = runtime.scheduler.pool.models
+        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dressed)
+
+    async def close(self) -> None:
+        if self._upstream is not None:
+            await self._upstream.close()
+
+
+class OwnDesk:
+    """See `Desk`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.wait = runtime.wait
+
+    def place(self, request_id: int, submit: Submit) -> Outcome | Queued:
+        return self._runtime.place(self._runtime.prepare(request_id, submit, self._runtime.clock()))
+
+
+def _asked(app: App, doors: Doors, *, journal: bool) -> tuple[str, ...] | None:
+    """The headers that a request is told with in one message; None where its head is to come first.
+
+    That is where keys are asked for, and where prompts are read for longer than the loop can wait.
+    """
+    if not doors.keys.open or app.exact is not None:
+        return None
+    credentials = (field.decode() for field in FIELDS)  # keys may be asked for from some moment on
+    known = (*SESSION_HEADERS, *OBJECTIVE_HEADERS, *rewrites.HEADERS, loops.NAME, *credentials)
+    known = (*known, *sorted(app.runtime.headers))
+    return tuple(dict.fromkeys((*known, *(("x-forwarded-for",) if journal else ()))))
+
+
+def _door(app: App, host: str, doors: Doors, via: loops.Via, *, journal: bool) -> Door:
+    config, trust = app.config, doors.trust
     told, limits, upstream = config.connections, config.limits, config.upstream
     return Door(
         host=host,
@@ -135,6 +215,8 @@ def _door(config: Config, host: str, trust: Trust) -> Door:
             upstream.ca or _authorities(), upstream.cert, upstream.key, upstream.server_name, upstream.insecure
         ),
         authorization=_authorization(trust),
+        asked=_asked(app, doors, journal=journal),
+        via=via.mark[1].decode(),
     )
 
 
@@ -149,7 +231,6 @@ def _refuse_what_is_not_here(config: Config) -> None:
     specs = [spec for spec in config.endpoints if isinstance(spec, EndpointSpec)]
     not_here = {
         "endpoints: api_key": any(spec.api_key is not None for spec in specs),
-        "keys.max_body_bytes": config.keys.max_body_bytes is not None,
         "record": config.record is not None,
     }
     for key, given in not_here.items():

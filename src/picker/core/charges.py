@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from picker.core.adapters import Adapters
 from picker.core.pins import NOTHING, Hold, Pins
@@ -13,8 +14,7 @@ from picker.core.pool import Pool
 from picker.types import Request
 
 
-@dataclass(slots=True)
-class Charge:
+class Charge(msgspec.Struct, eq=False, gc=False):
     """One booking. A row under another generation has been left by its endpoint: nothing is released there.
 
     tokens: uncached prompt tokens expected at booking. context: all prompt tokens. predicted: matched blocks.

@@ -22,5 +22,15 @@ class Ratio:
         self._bottom = self._bottom * self._keep + denominator
 
     @property
+    def sums(self) -> tuple[float, float]:
+        """Numerator and denominator, the prior among them."""
+        return self._top, self._bottom
+
+    def learn(self, sums: tuple[float, float]) -> None:
+        """Take somebody else's sums for ours if they rest on more."""
+        if sums[1] > self._bottom:
+            self._top, self._bottom = sums
+
+    @property
     def value(self) -> float:
         return self._top / self._bottom

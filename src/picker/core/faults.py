@@ -33,6 +33,19 @@ class Faults:
         self._least = eject_s
         self._most = eject_max_s
 
+    def tune(self, now: float, eject_after: int, eject_s: float, eject_max_s: float) -> None:
+        """Other numbers from here on. Faults that were counted stay; rests that the new numbers would not give end.
+
+        Who has not failed so often in a row as it takes rests no longer, and nobody longer than the new longest rest.
+        """
+        self._after, self._least, self._most = eject_after, eject_s, eject_max_s
+        pool = self._pool
+        latest = np.where(pool.failures < eject_after, now, now + eject_max_s)
+        shorter = pool.ejected_until > latest
+        pool.ejected_until[shorter] = latest[shorter]
+        pool.probe_at[shorter] = np.minimum(pool.probe_at[shorter], latest[shorter])
+        pool.on_probation[pool.failures < eject_after] = False
+
     def failed(self, row: int, now: float) -> None:
         """One more fault of an endpoint; enough in a row and it rests.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
+
+import msgspec
 
 from picker.types import Request
 
@@ -107,7 +108,7 @@ def with_own_deadline(request: Request) -> Request:
     seconds = None if ttl is None else _seconds(ttl)
     if seconds is None or (request.deadline is not None and request.deadline <= request.arrived_at + seconds):
         return request
-    return replace(request, deadline=request.arrived_at + seconds)
+    return msgspec.structs.replace(request, deadline=request.arrived_at + seconds)
 
 
 def _seconds(text: str) -> float | None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from picker.core.estimate import Ratio
@@ -34,8 +35,7 @@ _DECODE = np.array([0.015, 50e-6, 20e-9])  # s; s/sequence; s/token of context
 _DECODE_SIZES = np.array([1.0, 20.0, 200_000.0])
 
 
-@dataclass(frozen=True, slots=True)
-class FirstTokenSample:
+class FirstTokenSample(msgspec.Struct, frozen=True, gc=False):
     """How long a first token took since the one before it, or since its booking; tokens as expected at booking."""
 
     row: int
@@ -45,8 +45,7 @@ class FirstTokenSample:
     was_idle: bool
 
 
-@dataclass(slots=True)
-class _Step:
+class _Step(msgspec.Struct, gc=False):
     """An engine step that brought first tokens: what it computed, as features of the prefill model, and its time."""
 
     features: tuple[float, ...]
@@ -82,6 +81,16 @@ class Factors:
     def forget(self, row: int) -> None:
         self._expected[row] = self._took[row] = 0.0
         self._note(row)
+
+    def sums(self, row: int) -> tuple[float, float]:
+        """What its samples should have taken, and what they took, the older the less."""
+        return self._expected[row], self._took[row]
+
+    def learn(self, row: int, sums: tuple[float, float]) -> None:
+        """Take somebody else's sums for ours if they rest on more."""
+        if sums[0] > self._expected[row]:
+            self._expected[row], self._took[row] = sums
+            self._note(row)
 
     def grow(self, rows: int) -> None:
         extra = rows - len(self._took)
@@ -211,6 +220,21 @@ class Learned:
         """The share of requests that go where most of their prompt is cached: the next one of these goes there, too."""
         return self._tied.value
 
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        """By the names that replicas use."""
+        return {"output_tokens": self.output_tokens, "tied": self._tied}
+
+    def watched(self, now: float) -> dict[str, tuple[float, float]]:
+        """What comes, for another replica: by name, (events, faded; seconds that they were watched)."""
+        return {"arrivals": self._arrivals.watched(now), "work": self._work.watched(now)}
+
+    def watch(self, rates: Mapping[str, tuple[float, float]], now: float) -> None:
+        """Take another replica's for ours where it has watched for longer."""
+        for name, rate in (("arrivals", self._arrivals), ("work", self._work)):
+            if name in rates:
+                rate.learn(*rates[name], now)
+
     def rates(self, endpoints: int, now: float) -> tuple[float, float]:
         """(requests per second, seconds of prefill per second) of the mean endpoint; the second at most 0.95."""
         work = self._work.value(now) / max(endpoints, 1)
@@ -235,6 +259,13 @@ class _Rate:
         if not seen > 1.0:
             return 0.0
         return self._sum * self._fading(now) / (_MEMORY_S * (1.0 - math.exp(-seen / _MEMORY_S)))
+
+    def watched(self, now: float) -> tuple[float, float]:
+        return self._sum * self._fading(now), max(now - self._since, 0.0)
+
+    def learn(self, events: float, seconds: float, now: float) -> None:
+        if seconds > max(now - self._since, 0.0):
+            self._sum, self._at, self._since = events, now, now - seconds
 
     def _fading(self, now: float) -> float:
         return 0.0 if self._at == -math.inf else math.exp((self._at - now) / _MEMORY_S)

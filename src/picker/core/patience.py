@@ -27,6 +27,10 @@ class Patience:
         self._floor = floor
         self._factor = factor
 
+    def tune(self, *, floor: float, factor: float) -> None:
+        """Other numbers from here on, for requests under way, too."""
+        self._floor, self._factor = floor, factor
+
     def left(self, request_id: int, now: float) -> float:
         """Seconds; infinite where nothing lets expect how long it takes."""
         charge = self._charges.get(request_id)

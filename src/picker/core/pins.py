@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from picker.types import FloatArray, Int64Array, UInt64Array
@@ -18,8 +18,7 @@ from picker.types import FloatArray, Int64Array, UInt64Array
 MARKS = 16  # pieces of a prompt, about
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True, gc=False):
     """What one request holds where it runs.
 
     keys: hashes at the marks. ends: blocks up to each mark, ascending. block_tokens, prompt_tokens: tokens of a block,
@@ -198,11 +197,15 @@ def _below(piece: _Piece) -> Iterator[_Piece]:
 
 def _same(ours: tuple[int, ...], keys: tuple[int, ...], at: int) -> int:
     """How many of our marks a prompt has from its mark `at` on."""
-    if keys[at : at + len(ours)] == ours:
+    theirs = keys[at : at + len(ours)]
+    if theirs == ours:
         return len(ours)
-    return next(
-        (n for n, (one, other) in enumerate(zip(ours, keys[at:], strict=False)) if one != other), len(keys) - at
-    )
+    same = 0
+    for one, other in zip(ours, theirs, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
 
 
 def _members(rows: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,6 +31,13 @@ class _Ring:
         at = self._count % self.targets.size
         self.features[at], self.targets[at] = features, target
         self._count += 1
+
+    @property
+    def samples(self) -> FloatArray:
+        """(n, features + 1) oldest first, each with its target at the end."""
+        at = self._count % self.targets.size if self._count > self.targets.size else 0
+        order = np.roll(np.arange(self.filled), -at)
+        return np.column_stack([self.features[order], self.targets[order]])
 
 
 class Regression:
@@ -77,6 +84,25 @@ class Regression:
         if self.count % (4 if self.count <= _EAGER else 32) == 0:
             self._fit()
 
+    @property
+    def samples(self) -> dict[int, FloatArray]:
+        """The latest of each size: (n, features + 1), oldest first, each with its target at the end."""
+        return {size: ring.samples for size, ring in self._sizes.items()}
+
+    def learn(self, samples: Mapping[int, FloatArray]) -> None:
+        """Take somebody else's samples for ours of each size of which there are more."""
+        news = False
+        for size, theirs in samples.items():
+            ours = self._sizes.get(size)
+            if len(theirs) <= (0 if ours is None else ours.filled):
+                continue
+            ring = self._sizes[size] = _Ring(self._ring, self._scales.size)
+            for sample in theirs.tolist():
+                ring.add(sample[:-1], sample[-1])
+            self.count, news = max(self.count, sum(each.filled for each in self._sizes.values())), True
+        if news:
+            self._fit()
+
     def __call__(self, features: Sequence[float]) -> float:
         seconds: float = sum(map(operator.mul, features, self.costs))
         return seconds
@@ -88,7 +114,9 @@ class Regression:
         coefficients = self._solve(features, targets)
         errors = np.abs(targets - features @ coefficients)
         near = errors <= _OUTLIER * _without_the_largest(errors)
-        self.coefficients = coefficients if near.all() else self._solve(features[near], targets[near])
+        # None is near where all errors are too small to be squared.
+        whole = near.all() or not near.any()
+        self.coefficients = coefficients if whole else self._solve(features[near], targets[near])
 
     def _solve(self, features: FloatArray, targets: FloatArray) -> FloatArray:
         """Weighted ridge towards the prior. Weights make errors relative: a long sample does not rule."""

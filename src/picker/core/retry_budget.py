@@ -18,12 +18,16 @@ class RetryBudget:
     """
 
     def __init__(self, ratio: float | None, floor: float) -> None:
-        self._ratio = ratio or 0.0
-        self._floor = math.inf if ratio is None else floor
+        self.tune(ratio, floor)
         self._requests = self._retries = self._granted = 0.0
         self._seen = 0
         self._at = -math.inf
         self.allowed = self.refused = 0
+
+    def tune(self, ratio: float | None, floor: float) -> None:
+        """Another allowance from here on; what has been spent of late counts."""
+        self._ratio = ratio or 0.0
+        self._floor = math.inf if ratio is None else floor
 
     def grant(self, now: float) -> None:
         """One more retry than the budget has."""

@@ -12,9 +12,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
-from picker.core import filters, flow
+from picker.core import filters, flow, lessons
 from picker.core.calibration import Calibration
 from picker.core.charges import Charge, Charges
 from picker.core.cost_few import FEW
@@ -57,6 +58,8 @@ from picker.types import (
     FloatArray,
     HealthObserved,
     Int64Array,
+    LateFirstToken,
+    Lessons,
     LoadObserved,
     ModelsObserved,
     PrefixHeld,
@@ -243,6 +246,10 @@ class Scheduler:
             case PrefixHeld(name, block_hashes):
                 if (row := self.pool.row(name)) is not None:
                     self.index.store(row, block_hashes)
+            case LateFirstToken(request_id):
+                self._first_token(request_id, now, timed=False)
+            case Lessons():
+                lessons.learn(fact, self.pool, self.learned, self._bytes_per_token, self.index, now)
 
     def poll(self, now: float) -> list[Decision | Rejection]:
         """What the queue lets go: decisions for whom there is room, rejections for whom it is too late."""
@@ -283,6 +290,27 @@ class Scheduler:
         asked_for = frozenset(getattr(self._profile, "headers", ()))
         return asked_for if self.settings.max_inflight is None else asked_for | flow.HEADERS
 
+    def tune(self, settings: Settings, now: float) -> None:
+        """Go by other numbers; block_bytes, index_budget, sessions and seed stay those it began with.
+
+        Requests that wait, charges, counted faults, rests and retries of late are kept; who waits is looked at with the
+        next `poll`.
+        """
+        before = self.settings
+        fixed = {name: getattr(before, name) for name in ("block_bytes", "index_budget", "sessions", "seed")}
+        self.settings = replace(settings, **fixed)
+        self.queue.capacity = settings.queue_size
+        ejecting = (settings.eject_after, settings.eject_s, settings.eject_max_s)
+        if ejecting != (before.eject_after, before.eject_s, before.eject_max_s):
+            self.faults.tune(now, *ejecting)
+        self.retries.tune(settings.retry_ratio, settings.retry_floor)
+        self._patience.tune(floor=settings.hang_floor_s, factor=settings.hang_factor)
+        self._slow_start.tune(settings.slow_start_s)
+
+    def watch_saturation(self, detector: Detector | None) -> None:
+        """Have another detector tell how full the pool is; None: nobody does."""
+        self._saturation = detector
+
     def is_adapter(self, model: str) -> bool:
         """Whether an engine has said that this is a LoRA adapter."""
         return self.charges.adapters.of(model) is not None
@@ -318,6 +346,10 @@ class Scheduler:
             for row, endpoint in self.pool
         ]
 
+    def lessons(self, now: float) -> Lessons:
+        """What was learned, for a replica that has just begun: a fact that it is to `apply`."""
+        return lessons.teach(self.pool, self.learned, self._bytes_per_token, self.index, now)
+
     def _saturated(self, request: Request, candidates: BoolArray, now: float) -> bool:
         """Whether those who may take it are as full as the policy lets them be."""
         if self._saturation is None:
@@ -352,7 +384,7 @@ class Scheduler:
             return nobody
         until = now + self.settings.hold_s
         if request.deadline is None or until < request.deadline:
-            request = replace(request, deadline=until)
+            request = msgspec.structs.replace(request, deadline=until)
         self.queue.add(flow.with_own_deadline(request))
         return Queued(request.id)
 
@@ -654,7 +686,7 @@ class Scheduler:
         # By address, not by row: the ranks of one engine share it, and the data plane does not tell them apart.
         return self.charges.stands(charge) and self.pool.endpoint(charge.row).address == address
 
-    def _first_token(self, request_id: int, now: float) -> None:
+    def _first_token(self, request_id: int, now: float, *, timed: bool = True) -> None:
         charge = self.charges.get(request_id)
         if charge is None:
             return
@@ -662,7 +694,7 @@ class Scheduler:
         since = max(charge.booked_at, progress_at)
         if self.charges.stands(charge):
             self.faults.stirred(charge.row, now)
-        if self.charges.first_token(request_id, now) is None or not charge.request.streaming:
+        if self.charges.first_token(request_id, now) is None or not (charge.request.streaming and timed):
             return
         sample = FirstTokenSample(charge.row, now - since, charge.tokens, charge.context, was_idle=charge.was_idle)
         self.learned.first_token(sample, merged=now - progress_at < SAME_STEP_S)

@@ -19,6 +19,10 @@ class SlowStart:
     def __bool__(self) -> bool:
         return bool(self._since)
 
+    def tune(self, seconds: float) -> None:
+        """Another length from here on; who has begun is as far as it would be with it."""
+        self._seconds = seconds
+
     def begin(self, row: int, now: float) -> None:
         """An endpoint takes up service. Where nobody serves yet, nobody has to wait for anybody."""
         if self._seconds > 0 and self._established(now).any():

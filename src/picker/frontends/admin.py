@@ -16,13 +16,13 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import fastapi
+import msgspec
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
-from picker.frontends.admin_control import Control, install, require_key
+from picker.frontends.admin_control import Control, Guard, install
 from picker.frontends.keys import Keyring, named_key
 from picker.frontends.limits import Door
 from picker.frontends.serving import serve
@@ -38,8 +38,9 @@ _LATEST = 50
 class Admin:
     """Serves the admin API of one runtime. token: when set, /debug wants it as bearer token; keys: any of these does.
 
-    control: what can be changed by it (see `admin_control`), unless read_only. door: TLS, and what is asked of
-    connections.
+    Without one, /debug is for programs on the same machine; read_only: for everybody. control: what can be changed by
+    it (see `admin_control`), unless read_only. guard_metrics: /metrics is guarded as /debug is. door: TLS, and what is
+    asked of connections.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class Admin:
         keys: Keyring | None = None,
         control: Control | None = None,
         read_only: bool = False,
+        guard_metrics: bool = False,
         door: Door | None = None,
     ) -> None:
         ring = keys or Keyring([] if token is None else [named_key("admin", token)])
-        self.app = _app(runtime, ring, control, read_only=read_only)
+        self.app = _app(runtime, ring, control, read_only=read_only, guard_metrics=guard_metrics)
         self._door = door
 
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
@@ -65,13 +67,16 @@ class Admin:
 # read on the loop's thread only.
 
 
-def _app(runtime: Runtime, keys: Keyring, control: Control | None, *, read_only: bool) -> FastAPI:
+def _app(runtime: Runtime, keys: Keyring, control: Control | None, *, read_only: bool, guard_metrics: bool) -> FastAPI:
     app = FastAPI(title="picker admin", docs_url=None, redoc_url=None, openapi_url=None)
-    health, debug = _health(runtime), _debug(runtime)
+    metrics, health, debug = _metrics(runtime), _health(runtime), _debug(runtime)
+    guard = [Depends(Guard(keys, everybody=read_only))]
+    app.include_router(metrics, dependencies=guard if guard_metrics else [])
     app.include_router(health)
-    app.include_router(debug, dependencies=[Depends(_Keyed(keys))])
+    app.include_router(debug, dependencies=guard)
     more = [] if control is None else install(app, control, keys, read_only=read_only)
-    listed = [route for router in (health, debug, *more) for route in router.routes if isinstance(route, APIRoute)]
+    routers = (metrics, health, debug, *more)
+    listed = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     routes = [(" ".join((*_methods(route), route.path)), route.description) for route in listed]
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -81,13 +86,19 @@ def _app(runtime: Runtime, keys: Keyring, control: Control | None, *, read_only:
     return app
 
 
-def _health(runtime: Runtime) -> APIRouter:
+def _metrics(runtime: Runtime) -> APIRouter:
     router = APIRouter()
 
     @router.get("/metrics")
     async def metrics() -> Response:
         """picker's own metrics in Prometheus text format."""
         return Response(runtime.telemetry.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _health(runtime: Runtime) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -128,17 +139,6 @@ def _debug(runtime: Runtime) -> APIRouter:
     return router
 
 
-class _Keyed:
-    """A dependency that lets a request pass when it carries a key, or when there is none."""
-
-    def __init__(self, keys: Keyring) -> None:
-        self._keys = keys
-
-    async def __call__(self, request: fastapi.Request) -> None:
-        if not self._keys.open:
-            require_key(self._keys, request)
-
-
 # --- views -------------------------------------------------------------------------------------------------
 
 
@@ -146,11 +146,14 @@ def _readiness(runtime: Runtime) -> dict[str, Any]:
     states = runtime.scheduler.snapshot(runtime.clock())
     reports = {name: _plain(report()) for name, report in runtime.reports.items()}
     usable = sum(state.healthy and not state.draining for state in states)
-    waits = reports.get("leader_election", {}).get("leading") is False
+    follows = reports.get("leader_election", {}).get("leading") is False
+    learns = reports.get("replicas", {}).get("settled") is False
     if runtime.draining or runtime.leaving:
         reason = "shutting down"
-    elif waits:
+    elif follows:
         reason = "another replica leads, or will: this one does not"
+    elif learns:
+        reason = "the other replicas have not told yet what they know"
     elif not states:
         reason = "no endpoint is known"
     elif not usable:
@@ -163,7 +166,7 @@ def _readiness(runtime: Runtime) -> dict[str, Any]:
     )
     endpoints = [{name: _plain(getattr(state, name)) for name in shown} for state in states]
     return {
-        "ready": bool(usable) and not (runtime.draining or runtime.leaving or waits),
+        "ready": bool(usable) and not (runtime.draining or runtime.leaving or follows or learns),
         "reason": reason,
         "endpoints": endpoints,
     } | reports
@@ -257,6 +260,8 @@ def _plain(value: Any) -> Any:
     """A value as JSON can say it: records as objects, enums by value, sets sorted, numbers that are none as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if isinstance(value, np.generic):

@@ -41,18 +41,22 @@ class Control(Protocol):
     def reload(self) -> dict[str, Any]: ...
 
 
-class _Guard:
-    """A dependency that lets in whoever shows a key; without keys, whoever is on this machine and no web page."""
+class Guard:
+    """A dependency that lets in whoever shows a key; without keys, whoever is on this machine and no web page.
 
-    def __init__(self, keys: Keyring) -> None:
+    everybody: without keys, everybody is let in.
+    """
+
+    def __init__(self, keys: Keyring, *, everybody: bool = False) -> None:
         self._keys = keys
+        self._everybody = everybody
 
     async def __call__(
         self, request: Request, host: Annotated[str, Header()] = "", origin: Annotated[str, Header()] = ""
     ) -> None:
-        if self._keys.open:
-            return _require_local(host, origin)
-        return require_key(self._keys, request)
+        if not self._keys.open:
+            return require_key(self._keys, request)
+        return None if self._everybody else _require_local(request, host, origin)
 
 
 def require_key(keys: Keyring, request: Request) -> None:
@@ -63,8 +67,13 @@ def require_key(keys: Keyring, request: Request) -> None:
         raise HTTPException(key.status, key.message, headers=headers)
 
 
-def _require_local(host: str, origin: str) -> None:
+def _require_local(request: Request, host: str, origin: str) -> None:
     """A page of anybody's may have a browser send requests here, and name this address as it likes."""
+    peer = request.client
+    if peer is None or not is_loopback(peer.host):
+        raise HTTPException(
+            403, "without an admin key (admin.token_file, PICKER_ADMIN_KEY) this is for programs on this machine"
+        )
     if not _is_local(host) or (origin and not _is_local(origin.partition("://")[2])):
         raise HTTPException(403, "without an admin key this is for programs on this machine, not for web pages")
 
@@ -77,7 +86,9 @@ def _is_local(authority: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on can be reached from this machine alone."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        # An IPv6 socket shows IPv4 clients as ::ffff:127.0.0.1.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host.lower() in _LOCAL_NAMES
 
@@ -95,7 +106,7 @@ def install(app: FastAPI, control: Control, keys: Keyring, *, read_only: bool) -
     """Put the routes into an app; those that change anything only unless `read_only`."""
     routers = [_views(control)] if read_only else [_views(control), _changes(control)]
     for router in routers:
-        app.include_router(router, dependencies=[Depends(_Guard(keys))])
+        app.include_router(router, dependencies=[Depends(Guard(keys, everybody=read_only))])
     return routers
 
 

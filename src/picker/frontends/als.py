@@ -15,6 +15,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from picker.core.scheduler import Scheduler
 from picker.errors import WireError
@@ -47,6 +48,18 @@ class _Waiting:
     alias: str
     since: float
     predicted: float
+
+
+class Elsewhere(Protocol):
+    """Other pickers that the same data plane asks: any of us may be told of any of our requests."""
+
+    def hears(self, logs: int) -> None:
+        """So many logs are open here."""
+        ...
+
+    def pass_on(self, ended: Ended) -> None:
+        """An entry is not about a request of ours."""
+        ...
 
 
 def marked(request_id: int, secret: str) -> str:
@@ -119,19 +132,21 @@ class Feedback(AccessLog):
     """Requests routed in lean mode, until their end is known.
 
     predict: how long a request will take; corrected by how long those took that the log told of. secret: in marks;
-    clients and engines see those of their own requests, and cannot make up others'. None: a new one.
+    clients and engines see those of their own requests, and cannot make up others'. None: a new one. elsewhere: who
+    is told what is not ours; None: nobody.
     """
 
     def __init__(self, gate: Gate, predict: Predict, *, patience: float = _PATIENCE, secret: str | None = None) -> None:
         super().__init__(gate)
         self.secret = secret or secrets.token_hex(8)
+        self.elsewhere: Elsewhere | None = None
         self._predict = predict
         self._patience = patience
         self._waiting: dict[int, _Waiting] = {}
         self._aliases: dict[str, int] = {}
         self._none = asyncio.Event()
         self._none.set()
-        self._logs = 0
+        self._logs = self._logs_elsewhere = 0
         self._lost_at = -1.0
         self._took, self._expected = 1.0, 1.0
 
@@ -155,16 +170,33 @@ class Feedback(AccessLog):
 
     def opened(self) -> None:
         self._logs += 1
+        if self.elsewhere is not None:
+            self.elsewhere.hears(self._logs)
 
     def lost(self) -> None:
         self._logs -= 1
         self._lost_at = self.gate.clock()
+        if self.elsewhere is not None:
+            self.elsewhere.hears(self._logs)
+
+    def others_hear(self, logs: int) -> None:
+        """So many logs are open elsewhere, from where we are told what is ours."""
+        if logs < self._logs_elsewhere:
+            self._lost_at = self.gate.clock()
+        self._logs_elsewhere = logs
 
     def hear(self, ended: Ended) -> None:
-        """Report a request's end; harmless for requests of others, and for those whose end has been told."""
-        waiting = self._forget(self._meant(ended))
-        if waiting is None:
-            return
+        if not self.settle(ended) and self.elsewhere is not None:
+            self.elsewhere.pass_on(ended)
+
+    def settle(self, ended: Ended) -> bool:
+        """Report a request's end, once; whether it was ours."""
+        request_id = self._meant(ended)
+        if (waiting := self._forget(request_id)) is not None:
+            self._report(waiting, ended)
+        return request_id >= 0
+
+    def _report(self, waiting: _Waiting, ended: Ended) -> None:
         if ended.duration is not None and ended.failure is None:
             self._took = self._took * _KEEP + ended.duration
             self._expected = self._expected * _KEEP + waiting.predicted
@@ -206,7 +238,7 @@ class Feedback(AccessLog):
     def _until(self, waiting: _Waiting, scale: float) -> float:
         predicted = waiting.predicted * scale
         # A log that broke off may have had the entries of all that were under way then.
-        if not self._logs or waiting.since <= self._lost_at:
+        if not (self._logs or self._logs_elsewhere) or waiting.since <= self._lost_at:
             return waiting.since + predicted
         return waiting.since + max(self._patience, _ALLOWANCE * predicted)
 

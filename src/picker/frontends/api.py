@@ -11,8 +11,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import msgspec
 
@@ -26,9 +25,10 @@ from picker.frontends.grpc_server import Code, GrpcServer, Handler
 from picker.frontends.health import Health
 from picker.gate import UndecidedError
 from picker.runtime import Runtime
-from picker.types import Call, FailureReason, Rejection
+from picker.types import Call, FailureReason, Rejection, Rewritten
 from picker.wire import api
 from picker.wire.header_blocks import HeaderBlocks
+from picker.wire.model_span import Edit
 
 log = logging.getLogger("picker.api")
 
@@ -185,12 +185,26 @@ class Api:
         if not isinstance(action, Submit):
             assert isinstance(action, Respond)
             return action, None
-        call = action.call if asked.call is None else _completed(asked.call, action.call)
+        call = action.call
+        if asked.call is not None:
+            call = self._rewritten(_completed(asked.call, action.call), action.headers)
         submit = msgspec.structs.replace(action, call=call, exclude=asked.exclude)
         outcome = await self._runtime.decide(exchange.id, submit)
         [action] = exchange.receive(Decided(outcome))
         assert isinstance(action, Forward | Respond)
+        changed = asked.call is not None and call.model != asked.call.model
+        if isinstance(action, Forward) and changed:
+            action = msgspec.structs.replace(action, edit=Edit(0, 0, b"", call.model or ""))
         return action, outcome if isinstance(outcome, Rejection) else None
+
+    def _rewritten(self, call: Call, headers: Mapping[str, str]) -> Call:
+        """What features are for, where somebody says which models are served; an exchange does so with bodies."""
+        rewriting = self._runtime.limits.rewriting
+        choice = None if rewriting is None else rewriting.choose(call.model, headers)
+        if rewriting is None or choice is None:
+            return call
+        rewriting.count(call.model, choice)
+        return msgspec.structs.replace(call, model=choice.model, rewritten=Rewritten(call.model, choice.by))
 
     # Report
 
@@ -252,7 +266,7 @@ class Api:
 
 def _completed(features: Call, headers: Call) -> Call:
     """What features say of a request, and its headers where those do: the session, and the objective's priority."""
-    return replace(
+    return msgspec.structs.replace(
         features, session=features.session or headers.session, priority=headers.priority or features.priority
     )
 

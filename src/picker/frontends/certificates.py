@@ -82,7 +82,7 @@ class Certificates:
         if self._pair is None or state == self._seen:
             return False
         try:
-            _load(_context("h2"), self._pair)  # a half-written pair must not spoil the one in use
+            check_pair(self._pair)  # a half-written pair must not spoil the one in use
             _load(self.context, self._pair)
         except ConfigError as error:
             log.warning("the certificate has changed and cannot be used, the old one stays: %s", error)
@@ -91,6 +91,17 @@ class Certificates:
         self._seen = state
         log.info("the certificate has changed and is in use")
         return True
+
+    def change(self, pair: Pair, oldest: ssl.TLSVersion) -> None:
+        """Other files, and another oldest protocol, for connections made from here on.
+
+        Raises ConfigError, and changes nothing, for files that do not do.
+        """
+        check_pair(pair)
+        _load(self.context, pair)
+        self.context.minimum_version = oldest
+        self._pair = pair
+        self._seen = self._state()
 
     def _state(self) -> list[tuple[int, int, int]]:
         """What changes with the files; a secret is swapped by a symbolic link, which stat follows."""
@@ -103,6 +114,11 @@ def _identity(path: Path) -> tuple[int, int, int]:
     except OSError:
         return (0, 0, 0)
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def check_pair(pair: Pair) -> None:
+    """Raises ConfigError for files that are no certificate and its key."""
+    _load(_context("h2"), pair)
 
 
 def _context(protocol: str) -> ssl.SSLContext:

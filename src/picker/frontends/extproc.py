@@ -36,7 +36,7 @@ from picker.exchange import (
     ResponseHead,
 )
 from picker.frontends.als import AccessLog, Feedback, Predict
-from picker.frontends.grpc_server import Call, Code, GrpcServer, Handler
+from picker.frontends.grpc_server import Call, Code, Early, GrpcServer, Handler
 from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
 from picker.gate import Gate, UndecidedError
@@ -81,7 +81,7 @@ class Bounds:
     silence: float = 600.0
 
 
-class _Stream:
+class Stream:
     """One call of Envoy's.
 
     until: when we give it up. queued: its request waits for a decision. overtaken: the decision is not wanted any more.
@@ -182,7 +182,7 @@ class ExtProc:
         self._fallbacks = fallbacks
         self._bounds = bounds or Bounds()
         self._max_message_bytes = max_message_bytes
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._health = Health()
         self._stop = asyncio.Event()
         self._stopping = False
@@ -225,7 +225,9 @@ class ExtProc:
     async def serve_by(self, begin: Begin, *, grace: float = 30.0) -> None:
         """As `serve`. begin: gives our server and the one of the health service what they serve, and says when."""
         async with asyncio.TaskGroup() as tasks:
-            server = GrpcServer(self._handlers(), tasks, max_message_bytes=self._max_message_bytes)
+            server = GrpcServer(
+                self._handlers(), tasks, max_message_bytes=self._max_message_bytes, early=self._early_answers()
+            )
             self._server = server
             probes = GrpcServer(self._health.handlers, tasks)
             async with self._sweeping(tasks), _closing(server, probes):
@@ -235,6 +237,10 @@ class ExtProc:
                     await self._leave(server, grace)
                 finally:
                     self._stopping = True
+
+    def _early_answers(self) -> dict[str, Early]:
+        """For calls that can be answered without a task, by path."""
+        return {}
 
     def _handlers(self) -> dict[str, Handler]:
         handlers = {f"/{SERVICE}/Process": self._process, **self._health.handlers}
@@ -280,9 +286,17 @@ class ExtProc:
         except UndecidedError as error:
             call.end(Code.UNAVAILABLE, str(error))
             return
+        await self._follow(stream)
+
+    async def _follow(self, stream: Stream, actions: Awaitable[list[Action]] | None = None) -> None:
+        """actions: of a request that was queued before its stream had a task."""
+        call = stream.call
         self._streams.add(stream)
         try:
-            await self._converse(stream)
+            if actions is not None:
+                await self._do(stream, await self._listening(stream, actions))
+            if not stream.handed_on:
+                await self._converse(stream)
         except UndecidedError as error:
             call.end(Code.UNAVAILABLE, str(error))
         except WireError as error:
@@ -301,17 +315,21 @@ class ExtProc:
         finally:
             self._streams.discard(stream)
             if not stream.handed_on:
-                self._runtime.close(stream.exchange, self._reason(stream))
-                if self._porter is not None:
-                    self._porter.left(stream.exchange.id)
+                self._leave_off(stream)
 
-    def _opened(self, call: Call) -> _Stream:
+    def _leave_off(self, stream: Stream) -> None:
+        """A stream ends whose request has not been handed on."""
+        self._runtime.close(stream.exchange, self._reason(stream))
+        if self._porter is not None:
+            self._porter.left(stream.exchange.id)
+
+    def _opened(self, call: Call) -> Stream:
         exchange = self._runtime.open()
         mark = None if self.feedback is None else self.feedback.mark(exchange.id)
         codec = Codec(fallbacks=self._fallbacks, mark=mark, addresses=self._addresses, whole=self._whole)
-        return _Stream(call, exchange, codec, self._runtime.clock() + self._bounds.request)
+        return Stream(call, exchange, codec, self._runtime.clock() + self._bounds.request)
 
-    async def _converse(self, stream: _Stream) -> None:
+    async def _converse(self, stream: Stream) -> None:
         """Answer every message until the exchange is over or the data plane has no more to say."""
         exchange = stream.exchange
         # Ending the stream ourselves after the last byte spares a read, and Envoy a reset.
@@ -322,25 +340,36 @@ class ExtProc:
             actions = await self._receive(stream, event)
             if self._whole and not actions and isinstance(event, RequestHead):
                 await self._go_on(stream)
-            if exchange.phase not in _BEFORE_UPSTREAM:
-                stream.until = self._runtime.clock() + self._bounds.silence
-            for action in actions:
-                await stream.send(action)
-                if isinstance(action, Forward) and self.feedback is not None:
-                    return self._hand_on(stream, action, self.feedback)
-                if isinstance(action, Respond) and self._porter is not None:
-                    self._porter.answered(exchange.id, action.status)
+            await self._do(stream, actions)
+            if stream.handed_on:
+                return None
         if exchange.phase in _BEFORE_UPSTREAM:
             # A clean end without a verdict lets a data plane that still wants one go on unscheduled.
             stream.call.end(Code.CANCELLED, "the stream was half-closed before a verdict")
         return None
 
-    async def _go_on(self, stream: _Stream) -> None:
+    async def _do(self, stream: Stream, actions: list[Action]) -> None:
+        """Carry actions out; those of a request that leaves in lean mode hand it on."""
+        if stream.exchange.phase not in _BEFORE_UPSTREAM:
+            stream.until = self._runtime.clock() + self._bounds.silence
+        for action in actions:
+            await stream.send(self._outgoing(action) if isinstance(action, Forward) else action)
+            if isinstance(action, Forward) and self.feedback is not None:
+                self._hand_on(stream, action, self.feedback)
+                return
+            if isinstance(action, Respond) and self._porter is not None:
+                self._porter.answered(stream.exchange.id, action.status)
+
+    def _outgoing(self, forward: Forward) -> Forward:
+        """What the data plane is told besides."""
+        return forward
+
+    async def _go_on(self, stream: Stream) -> None:
         """Have the data plane send the body of a request whose head it has sent."""
         if (reply := stream.codec.proceed()) is not None:
             await stream.call.write(reply.SerializeToString())
 
-    def _hand_on(self, stream: _Stream, forward: Forward, feedback: AccessLog) -> None:
+    def _hand_on(self, stream: Stream, forward: Forward, feedback: AccessLog) -> None:
         """The request has left and nothing of its response is wanted: the stream ends here, cleanly.
 
         Only here: ended between the response's head and its end, a stream takes the bytes along that are under way.
@@ -348,7 +377,7 @@ class ExtProc:
         feedback.expect(forward.decision, stream.alias, self._runtime.clock())
         stream.handed_on = True
 
-    async def _pass_on(self, stream: _Stream, head: ResponseHead) -> None:
+    async def _pass_on(self, stream: Stream, head: ResponseHead) -> None:
         """Hand back the data plane's own answer (its timeout, its limit) to a request that is not decided yet."""
         stream.passing, stream.until = True, self._runtime.clock() + self._bounds.silence
         await stream.send(PassHead((), head.end))
@@ -359,22 +388,29 @@ class ExtProc:
                 await stream.send(PassBody(event.data, event.end))
                 ended = event.end
 
-    async def _receive(self, stream: _Stream, event: Event) -> list[Action]:
+    async def _receive(self, stream: Stream, event: Event) -> list[Action]:
         """Feed the exchange; while its request is queued, listen for a data plane that does not want it any more."""
         if isinstance(event, RequestHead):
             if self.feedback is not None:
                 stream.alias = event.headers.get("x-request-id", "")
-            if self._porter is not None and (answer := self._porter.came(stream.exchange.id, event)) is not None:
+            if (answer := await self._met(stream, event)) is not None:
                 self._runtime.close(stream.exchange)
                 return [answer]
         if not (isinstance(event, RequestHead | RequestBody) and event.end):
             return await self._runtime.receive(stream.exchange, event)
+        return await self._listening(stream, self._runtime.receive(stream.exchange, event))
+
+    async def _met(self, stream: Stream, head: RequestHead) -> Respond | None:
+        """The answer to a request that nothing but its head is needed for; None for most."""
+        return None if self._porter is None else self._porter.came(stream.exchange.id, head)
+
+    async def _listening(self, stream: Stream, actions: Awaitable[list[Action]]) -> list[Action]:
         stream.until = self._runtime.clock() + self._bounds.decision
         # Runs only if the request has to wait: a decision made at once gives the loop no turn.
         looking = asyncio.get_running_loop().call_soon(stream.look)
         stream.call.on_arrival, stream.queued = stream.look, True
         try:
-            return await self._runtime.receive(stream.exchange, event)
+            return await actions
         except asyncio.CancelledError:
             if not stream.overtaken or stream.uncancel():
                 raise
@@ -383,14 +419,14 @@ class ExtProc:
             stream.call.on_arrival, stream.queued = None, False
             looking.cancel()
 
-    async def _apologise(self, stream: _Stream) -> None:
+    async def _apologise(self, stream: Stream) -> None:
         """Answer 500 while that is possible, else end the call with a status of failure."""
         if not stream.answerable:
             stream.call.end(Code.INTERNAL, "picker failed; its log says why")
             return
         await self._answer(stream, 500, "The gateway failed to handle this request.")
 
-    async def _give_up(self, stream: _Stream) -> None:
+    async def _give_up(self, stream: Stream) -> None:
         """Tell the client while that is possible: an error of ours would be for the data plane to interpret."""
         answer = _LATE.get(stream.exchange.phase)
         if answer is None or stream.passing:
@@ -399,11 +435,10 @@ class ExtProc:
         stream.until = self._runtime.clock() + _PARTING
         await self._answer(stream, *answer)
 
-    async def _answer(self, stream: _Stream, status: int, message: str) -> None:
-        headers = (("content-type", "application/json"),)
-        await stream.send(Respond(status, headers, openai.error_body(status, message)))
+    async def _answer(self, stream: Stream, status: int, message: str) -> None:
+        await stream.send(error_answer(status, message))
 
-    def _reason(self, stream: _Stream) -> FailureReason:
+    def _reason(self, stream: Stream) -> FailureReason:
         """Why an exchange that is still open ends with its stream."""
         if self._stopping:
             return FailureReason.SHUTDOWN
@@ -446,6 +481,10 @@ async def _closing(*servers: GrpcServer) -> AsyncIterator[None]:
     finally:
         for server in servers:
             await server.stop(None)
+
+
+def error_answer(status: int, message: str) -> Respond:
+    return Respond(status, (("content-type", "application/json"),), openai.error_body(status, message))
 
 
 def _parsed(message: bytes) -> ProcessingRequest:

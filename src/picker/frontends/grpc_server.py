@@ -13,10 +13,11 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import cast
 
 from picker.wire.header_blocks import HeaderBlocks
-from picker.wire.http2 import Connection, Drained, HalfClosed, Http2Error, Message, Opened, Reset
+from picker.wire.http2 import Connection, Drained, Event, HalfClosed, Http2Error, Message, Opened, Reset
 
 log = logging.getLogger("picker.grpc")
 
@@ -30,6 +31,10 @@ _HANDSHAKE = 10.0  # seconds for TLS
 _PROBES = "/grpc.health."
 
 Handler = Callable[["Call"], Awaitable[None]]
+Early = Callable[["Call", bytes], bool]
+"""What may answer a call as soon as its first message is there: True when it has (`answer`) or has given it a task,
+False to leave the call to its handler. Must not raise.
+"""
 
 
 class Code(enum.IntEnum):
@@ -57,6 +62,7 @@ class Call:
         "_messages",
         "_waiter",
         "_writable",
+        "early",
         "id",
         "on_arrival",
         "path",
@@ -68,6 +74,7 @@ class Call:
         self.path = path
         self.on_arrival: Callable[[], None] | None = None
         self.task: asyncio.Task[None] | None = None
+        self.early: Early | None = None
         self._connection = connection
         self._messages: deque[bytes] = deque()
         self._half_closed = False
@@ -107,6 +114,10 @@ class Call:
         """End the call with a status; what follows is dropped."""
         self._ended = True
         self._connection.end(self.id, code, message)
+
+    def answer(self, message: bytes) -> None:
+        """The only message of a call that has no task, and its good end."""
+        self._connection.answer(self.id, message)
 
     # for the connection
 
@@ -164,6 +175,8 @@ class _Protocol(asyncio.Protocol):
         self.closed.set_result(None)
         self.resume_writing()
         for call in list(self.calls.values()):
+            if call.task is None:
+                del self.calls[call.id]
             call.cancel()
 
     def pause_writing(self) -> None:
@@ -189,20 +202,45 @@ class _Protocol(asyncio.Protocol):
             if isinstance(event, Opened):
                 call = self.calls[event.stream_id] = Call(self, event.stream_id, event.path)
                 self.working = self.working or not event.path.startswith(_PROBES)
-                call.task = self._server.start(call)
+                call.early = self._server.early.get(event.path)
+                if call.early is None:
+                    call.task = self._server.start(call)
             elif call is None:
                 pass  # it was over before its peer knew
+            elif call.early is not None:
+                self._first(call, call.early, event)
             elif isinstance(event, Message):
                 call.arrived(event.data)
             elif isinstance(event, HalfClosed):
                 call.arrived(None)
             elif isinstance(event, Reset):
+                del self.calls[event.stream_id]  # its task may never have begun
                 call.cancel()
             elif isinstance(event, Drained):
                 call.drained()
         self._flush_soon()
 
+    def _first(self, call: Call, early: Early, event: Event) -> None:
+        """Something has come of a call that has no task yet."""
+        call.early = None
+        if isinstance(event, Reset):
+            del self.calls[call.id]
+            return
+        if isinstance(event, Message):
+            if early(call, event.data):
+                if call.task is None:
+                    del self.calls[call.id]
+                return
+            call.arrived(event.data)
+        elif isinstance(event, HalfClosed):
+            call.arrived(None)
+        call.task = self._server.start(call)
+
     # the calls' side
+
+    def answer(self, stream_id: int, message: bytes) -> None:
+        self._flush_soon()
+        self._http2.answer(stream_id, message)
 
     def send(self, stream_id: int, message: bytes) -> bool:
         self._flush_soon()
@@ -216,7 +254,7 @@ class _Protocol(asyncio.Protocol):
         self._http2.end(stream_id, code, message)
 
     def forget(self, stream_id: int, *, give_up: bool) -> None:
-        del self.calls[stream_id]
+        self.calls.pop(stream_id, None)
         if give_up:
             self._http2.cancel(stream_id)
             self._flush_soon()
@@ -280,7 +318,7 @@ class GrpcServer:
 
     max_message_bytes: of one message; a call that sends a larger one is ended. keepalive: seconds of silence until a
     peer is asked whether it lives, and again until its connection is closed. headers: makes what reads the header
-    blocks of a connection.
+    blocks of a connection. early: see `Early`; by path.
     """
 
     def __init__(
@@ -291,9 +329,11 @@ class GrpcServer:
         max_message_bytes: int = 64 * 1024 * 1024,
         keepalive: float = _KEEPALIVE,
         headers: Callable[[], HeaderBlocks] = HeaderBlocks,
+        early: Mapping[str, Early] = MappingProxyType({}),
     ) -> None:
         self.max_message_bytes = max_message_bytes
         self.headers = headers
+        self.early = early
         self._keepalive = keepalive
         self._keeper: asyncio.Task[None] | None = None
         self.connections: set[_Protocol] = set()
@@ -367,15 +407,15 @@ class GrpcServer:
                 connection.close()
             await asyncio.wait([connection.closed for connection in self.connections])
 
-    def start(self, call: Call) -> asyncio.Task[None]:
-        return self._tasks.create_task(self._serve(call))
+    def start(self, call: Call, handler: Handler | None = None) -> asyncio.Task[None]:
+        """handler: None for that of the call's path."""
+        return self._tasks.create_task(self._serve(call, handler or self._handlers.get(call.path)))
 
     def _running(self) -> set[asyncio.Task[None]]:
         calls = (call for connection in self.connections for call in connection.calls.values())
         return {call.task for call in calls if call.task is not None}
 
-    async def _serve(self, call: Call) -> None:
-        handler = self._handlers.get(call.path)
+    async def _serve(self, call: Call, handler: Handler | None) -> None:
         try:
             if handler is None:
                 call.end(Code.UNIMPLEMENTED, "no such method")

@@ -56,15 +56,15 @@ def upstream_headers(
     host = b""
     listed: list[bytes] = []
     for pair in raw:
-        name, value = pair
-        if name in _NOT_AS_IT_IS or name.startswith(_CONTROL_PREFIXES):
+        name = pair[0]
+        if name in _NOT_AS_IT_IS:
             if name == b"host":
-                host = value
+                host = pair[1]
             elif name == b"connection":
-                listed += _tokens(value)
+                listed += _tokens(pair[1])
             elif name in _FORWARDED:
                 forwarded.append(pair)
-        else:
+        elif not name.startswith(_CONTROL_PREFIXES):
             headers.append(pair)
     if listed:
         headers = [pair for pair in headers if pair[0] not in listed]
@@ -80,6 +80,9 @@ def _forwarding(
     before: list[tuple[bytes, bytes]], *, client: str | None, scheme: str, host: bytes
 ) -> list[tuple[bytes, bytes]]:
     """The fields that say who asked for what, from what they said before."""
+    if not before:
+        named = [] if client is None else [(b"x-forwarded-for", client.encode("latin-1"))]
+        return [*named, (b"x-forwarded-proto", scheme.encode()), *([(b"x-forwarded-host", host)] if host else ())]
     hops = [value for name, value in before if name == b"x-forwarded-for"]
     if client is not None:
         hops.append(client.encode("latin-1"))

@@ -284,6 +284,12 @@ class KeyFile:
             await asyncio.sleep(interval)
             self.refresh()
 
+    def serve(self, keyring: Keyring) -> None:
+        """Keep another keyring to the file from here on; it gets the keys that were read."""
+        keys, self._keyring = self._keyring.keys, keyring
+        keyring.closed = True
+        keyring.replace(keys)
+
     def refresh(self) -> bool:
         """Take over a file that has changed; whether it had and did."""
         if self._state() == self._seen:

@@ -6,11 +6,13 @@ mark is its bare number, which clients may see. See `als` for what becomes of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import msgspec
 
 from picker.access_log import RequestLog
+from picker.core.retry_budget import WINDOW_S
 from picker.exchange import Headers, RequestHead, Respond
 from picker.frontends.als import Feedback, Predict
 from picker.frontends.keys import Key, KeyRefusal, Keyring
@@ -44,6 +46,11 @@ class OwnPorter:
             self._journal.keyed(request_id, key.name)
         return None
 
+    def body_limit(self, request_id: int) -> int | None:
+        """Bytes that the body of a request may have by its key."""
+        key = self._guests.get(request_id)
+        return None if key is None else self._keys.body_limit(key)
+
     def answered(self, request_id: int, status: int) -> None:
         if self._journal is not None:
             self._journal.answered(request_id, status)
@@ -71,12 +78,46 @@ def _refusal(path: str, refusal: KeyRefusal) -> Respond:
     return Respond(refusal.status, headers, openai.error_body_for(path, refusal.status, refusal.message))
 
 
-class OwnFeedback(Feedback):
-    """names: of endpoints by their "ip:port", live, where they are known by name."""
+class RetryWatch:
+    """Whether Envoy may send requests a second time, by how many it has sent so of late.
 
-    def __init__(self, gate: Gate, predict: Predict, names: Mapping[str, str], porter: OwnPorter) -> None:
+    As `core.retry_budget` has it: `ratio` of requests, besides `floor` of them, within some ten seconds. What is under
+    way when that is used up has been allowed its retries already, so that an endpoint's end costs nobody anything;
+    what comes after it has not. allowances: ratio and floor, as they are at that time; a ratio of None: no limit.
+    """
+
+    def __init__(self, allowances: Callable[[], tuple[float | None, float]]) -> None:
+        self._allowances = allowances
+        self._requests = self._retries = 0.0
+        self._at = 0.0
+
+    def count(self, retries: int, now: float) -> None:
+        """A request has ended that was sent so many times more than once."""
+        self._fade(now)
+        self._requests += 1.0
+        self._retries += retries
+
+    def allowed(self, now: float) -> bool:
+        if not self._retries:
+            return True
+        ratio, floor = self._allowances()
+        self._fade(now)
+        return ratio is None or self._retries < floor + ratio * self._requests
+
+    def _fade(self, now: float) -> None:
+        kept = math.exp((self._at - now) / WINDOW_S)
+        self._requests, self._retries, self._at = self._requests * kept, self._retries * kept, now
+
+
+class OwnFeedback(Feedback):
+    """names: of endpoints by their "ip:port", live, where they are known by name. retries: told of all there were."""
+
+    def __init__(
+        self, gate: Gate, predict: Predict, names: Mapping[str, str], porter: OwnPorter, retries: RetryWatch
+    ) -> None:
         super().__init__(gate, predict)
         self.secret = ""
+        self._retries = retries
         self._names = names
         self._porter = porter
 
@@ -85,6 +126,8 @@ class OwnFeedback(Feedback):
 
     def hear(self, ended: Ended) -> None:
         request_id = self._meant(ended)
+        if ended.attempts is not None:
+            self._retries.count(ended.attempts - 1, self.gate.clock())
         self._porter.measured(request_id, ended)
         if self._names and ended.upstream is not None:
             ended = msgspec.structs.replace(ended, upstream=self._names.get(ended.upstream, ended.upstream))

@@ -35,13 +35,14 @@ from picker.exchange import (
     Submit,
     UpstreamFailed,
 )
-from picker.frontends import collector
+from picker.frontends import collector, loops
 from picker.frontends.headers import RawHeaders, client_headers, upstream_headers
 from picker.frontends.keys import Key, KeyRefusal, Keyring, named_key
-from picker.frontends.leash import Leash
+from picker.frontends.leash import Leash, Watch
 from picker.frontends.limits import Door
 from picker.frontends.models import PATH as MODELS_PATH
 from picker.frontends.models import ModelsPage
+from picker.frontends.request_ids import FIELD, NAME, RequestIds, told, told_in_body
 from picker.frontends.serving import EXTENSION, LAST_CALL_SECONDS, Client, serve
 from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
@@ -104,7 +105,10 @@ class Proxy:
         self.door = door
         self._connect_timeout = connect_timeout
         self._upstream: Upstream | None = None
-        self._stall_timeout = stall_timeout
+        self.watch: Watch
+        self.stall_timeout = stall_timeout
+        self.request_ids = RequestIds()
+        self.via = loops.Via()
         self._merge_models = merge_models
         self.models: ModelsPage | None = None
         self.passages: set[_Passage] = set()
@@ -115,26 +119,35 @@ class Proxy:
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
         """Serve on a bound socket (see `serving.listen`) until `stop` is set and running requests have ended."""
         self._upstream = Upstream(connect_timeout=self._connect_timeout, trust=self.trust)
+        self.watch = Watch(asyncio.get_running_loop())
         self.models = self._models_page(self._upstream) if self._merge_models else None
-        self.runtime.listen(self._observe)
+        self.runtime.listen(self._observe, requests=False)
         self.closing = asyncio.Event()
         try:
             with collector.seldom():
                 async with asyncio.TaskGroup() as group:
                     follow = group.create_task(_set_with(stop, self.closing))
-                    await serve(self, listener, self.closing, grace=self.grace, door=self.door)
+                    await serve(self, listener, self.closing, grace=lambda: self.grace, door=self.door)
                     follow.cancel()
         finally:
+            self.watch.close()
             await self._upstream.close()
             self._upstream = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         assert self._upstream is not None, "the proxy has to be served by `serve`"
-        await _Passage(self, self._upstream, scope, receive).run()
+        return _Passage(self, self._upstream, scope, receive).run()
+
+    def set_connect_timeout(self, seconds: float) -> None:
+        """For connections to endpoints made from here on."""
+        self._connect_timeout = seconds
+        if self._upstream is not None:
+            self._upstream.connect_timeout = seconds
 
     def _models_page(self, upstream: Upstream) -> ModelsPage:
         def dressed(endpoint: Endpoint, headers: tuple[tuple[bytes, bytes], ...]) -> RawHeaders:
-            return upstream_headers(*self.trust.dress(endpoint.name, headers, ()), client=None, scheme="http")
+            dressed = self.trust.dress(endpoint.name, headers, ())
+            return [*upstream_headers(*dressed, client=None, scheme="http"), self.via.mark]
 
         runtime = self.runtime
         known = runtime.scheduler.pool.models
@@ -155,7 +168,7 @@ class Proxy:
     def _observe(self, fact: Fact) -> None:
         if isinstance(fact, HealthObserved) and not fact.healthy and fact.name not in self._suspects:
             self._suspects.add(fact.name)
-            asyncio.get_running_loop().call_later(self._stall_timeout, self._look_at, fact.name)
+            asyncio.get_running_loop().call_later(self.stall_timeout, self._look_at, fact.name)
 
     def _look_at(self, name: str) -> None:
         """Give up the silent responses of an endpoint that nobody reaches any more.
@@ -167,9 +180,9 @@ class Proxy:
         if self._upstream is None or not waiting or self.runtime.answers(name):
             return
         for passage in waiting:
-            passage.give_up(self._stall_timeout)
+            passage.give_up(self.stall_timeout)
         self._suspects.add(name)
-        asyncio.get_running_loop().call_later(self._stall_timeout / 4.0, self._look_at, name)
+        asyncio.get_running_loop().call_later(self.stall_timeout / 4.0, self._look_at, name)
 
 
 class _ClientLeftError(Exception):
@@ -185,6 +198,7 @@ class _Passage:
         "exchange",
         "headers",
         "hung",
+        "identified",
         "instead",
         "key",
         "leash",
@@ -193,6 +207,7 @@ class _Passage:
         "proxy",
         "receive",
         "reply",
+        "request_id",
         "runtime",
         "scope",
         "started",
@@ -201,17 +216,18 @@ class _Passage:
     )
 
     def __init__(self, proxy: Proxy, upstream: Upstream, scope: Scope, receive: Receive) -> None:
-        task = asyncio.current_task()
-        assert task is not None
         self.proxy = proxy
         self.runtime = proxy.runtime
         self.upstream = upstream
         self.scope = scope
         self.receive = receive
         self.client: Client = scope["extensions"][EXTENSION]["client"]
-        self.leash = Leash(task, asyncio.get_running_loop())
+        assert self.client.task is not None
+        self.leash = Leash(self.client.task, proxy.watch)
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.exchange: Exchange = proxy.runtime.open()
+        # identified: by the client.
+        self.request_id, self.identified = proxy.request_ids.of(self.headers, scope["headers"], self.exchange.id)
         self.reply: Reply | None = None
         self.key: Key | None = None  # that the request came with
         self.instead: Submit | Respond | None = None  # of a response that is of no use
@@ -227,7 +243,14 @@ class _Passage:
             self._note(self.proxy.journal)
         self.proxy.passages.add(self)
         try:
-            await self._supervise()
+            try:
+                await self._converse()
+            except _ClientLeftError:
+                raise
+            except Exception:
+                # Supervision: one request's bug must not be felt by another.
+                log.exception("request %d failed inside the proxy", self.exchange.id)
+                await self._confess()
         except _ClientLeftError:
             pass
         except asyncio.CancelledError:
@@ -248,28 +271,22 @@ class _Passage:
 
     def _note(self, journal: RequestLog) -> None:
         scope, peer = self.scope, self.scope["client"]
-        alias = self.headers.get("x-request-id")
-        journal.begin(self.exchange.id, scope["method"], scope["path"], client=peer and peer[0], alias=alias)
+        client = peer and peer[0]
+        journal.begin(self.exchange.id, scope["method"], scope["path"], client=client, alias=self.request_id)
 
     def _note_end(self, journal: RequestLog) -> None:
         if self.key is not None:
             journal.keyed(self.exchange.id, self.key.name)
         journal.ended(self.exchange.id)
 
-    async def _supervise(self) -> None:
-        try:
-            await self._converse()
-        except _ClientLeftError:
-            raise
-        except Exception:
-            # Supervision: one request's bug must not be felt by another.
-            log.exception("request %d failed inside the proxy", self.exchange.id)
-            self.runtime.telemetry.internal_error("proxy")
-            self.runtime.close(self.exchange, FailureReason.SHUTDOWN)  # ours: neither endpoint nor client is to blame
-            if self.started:
-                self.client.cut_off()
-            else:
-                await self._respond(self._error(500, "The gateway failed on this request."))
+    async def _confess(self) -> None:
+        """Something of ours is broken: neither endpoint nor client is to blame."""
+        self.runtime.telemetry.internal_error("proxy")
+        self.runtime.close(self.exchange, FailureReason.SHUTDOWN)
+        if self.started:
+            self.client.cut_off()
+        else:
+            await self._respond(self._error(500, "The gateway failed on this request."))
 
     async def _converse(self) -> None:
         length = self.headers.get("content-length", "0")
@@ -300,6 +317,8 @@ class _Passage:
         keys = self.proxy.keys
         if not keys.open and (refusal := self._show_key(keys)) is not None:
             return refusal
+        if loops.NAME in self.headers and self.proxy.via.has_passed(self.scope["headers"]):
+            return self._error(loops.STATUS, loops.MESSAGE)
         if "sec-websocket-key" in self.headers:
             return self._error(501, "This gateway does not carry WebSocket connections.")
         if not self.scope["raw_path"].startswith(b"/"):
@@ -334,21 +353,35 @@ class _Passage:
         if not unread:
             self.client.watch(self.leash.pull)
         head = RequestHead(self.scope["method"], self.scope["path"], self.headers, end=not unread, again=True)
-        actions = await self.runtime.receive(exchange, head)
+        actions = self.runtime.follow(exchange, head)
+        if not actions:
+            actions = self._take_rest() if self.client.has_sent_all else await self._read_rest()
+        action = _only(actions)
+        return _only(await self.runtime.ask(exchange, action)) if isinstance(action, Submit) else action
+
+    async def _read_rest(self) -> list[Action]:
+        """Read the body as it comes."""
         began = self.runtime.clock()
-        while not actions:
+        while not self.client.has_sent_all:
             try:
                 seconds = min(self.proxy.idle_timeout, began + self.proxy.body_timeout - self.runtime.clock())
                 data, more = await self._read_request(seconds, FailureReason.TIMEOUT)
             except asyncio.CancelledError:
                 self._overdue()
-                self.runtime.close(exchange)
-                return self._error(408, "The request took too long to arrive.")
+                self.runtime.close(self.exchange)
+                return [self._error(408, "The request took too long to arrive.")]
             if not more:
-                self.client.watch(self.leash.pull)
-                self.leash.within(math.inf, FailureReason.CLIENT_GONE)  # the scheduler's queue has deadlines of its own
-            actions = await self.runtime.receive(exchange, RequestBody(data, end=not more))
-        return _only(actions)
+                return self._take_rest(data)
+            if actions := self.runtime.follow(self.exchange, RequestBody(data)):
+                return actions
+        return self._take_rest()
+
+    def _take_rest(self, data: bytes | None = None) -> list[Action]:
+        """The end of the body is here. data: what has been taken of it."""
+        self.unread = False
+        self.client.watch(self.leash.pull)
+        self.leash.within(math.inf, FailureReason.CLIENT_GONE)  # the scheduler's queue has deadlines of its own
+        return self.runtime.follow(self.exchange, RequestBody(self.client.take() if data is None else data, end=True))
 
     async def _read_request(
         self, seconds: float, blame: FailureReason = FailureReason.CLIENT_GONE
@@ -372,6 +405,11 @@ class _Passage:
         target = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
         raw, added = self.proxy.trust.dress(forward.decision.endpoint.name, scope["headers"], forward.set_headers)
         headers = upstream_headers(raw, added, client=peer and peer[0], scheme=scope["scheme"])
+        if not self.identified:
+            if NAME in self.headers:
+                headers = [field for field in headers if field[0] != FIELD]
+            headers.append((FIELD, self.request_id.encode()))
+        headers.append(self.proxy.via.mark)
         body = None if forward.bodyless else forward.body
         self.hung, self.at = False, forward.decision.endpoint.name
         self.overdue_at = self.runtime.clock() + self.proxy.first_byte_timeout
@@ -427,7 +465,7 @@ class _Passage:
 
     def _pass_on(self, data: bytes, ended: bool) -> bool:
         self._act(ResponseBody(data, ended))
-        if self.started:
+        if self.started and not ended:
             self.leash.within(self.proxy.idle_timeout, FailureReason.TIMEOUT)
         return not ended and self.client.has_room and self.instead is None
 
@@ -444,8 +482,8 @@ class _Passage:
             match action:
                 case PassBody(data, end):
                     self.client.write(data, end=end)
-                case PassHead(added, end):
-                    self._pass_head(added, end)
+                case PassHead(added, end, resized):
+                    self._pass_head(added, end, resized)
                 case Cut():
                     self.client.cut_off()
                 case Submit() | Respond():
@@ -453,26 +491,31 @@ class _Passage:
                 case _:
                     raise AssertionError(f"{type(action).__name__} during a response")
 
-    def _pass_head(self, added: Headers, end: bool) -> None:
+    def _pass_head(self, added: Headers, end: bool, resized: bool) -> None:
         reply = self.reply
         assert reply is not None
         self.started = True
-        self.client.start(
-            reply.status, client_headers(reply.raw_headers, added, status=reply.status), close=self.proxy.leaving
-        )
+        added = (*added, *told(self.scope["path"], self.request_id))
+        headers = client_headers(reply.raw_headers, added, status=reply.status)
+        if resized:
+            headers = [field for field in headers if field[0] != b"content-length"]
+        self.client.start(reply.status, headers, close=self.proxy.leaving)
         if end:
             self.client.write(b"", end=True)
 
     async def _respond(self, answer: Respond) -> None:
         """Answer by ourselves; a request that was not read to its end also ends its connection."""
-        fields = (*answer.headers, ("content-length", str(len(answer.body))), ("date", formatdate(usegmt=True)))
+        path = self.scope["path"]
+        content = told_in_body(path, self.request_id, answer.status, answer.body)
+        fields = (*answer.headers, ("content-length", str(len(content))), ("date", formatdate(usegmt=True)))
+        fields += told(path, self.request_id)
         headers = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in fields]
         self.leash.within(self.proxy.idle_timeout, FailureReason.CLIENT_GONE)
         self.started = True
         if self.proxy.journal is not None:
             self.proxy.journal.answered(self.exchange.id, answer.status)
         self.client.start(answer.status, headers, close=self.unread or self.proxy.leaving)
-        self.client.write(answer.body, end=False)
+        self.client.write(content, end=False)
         await self._linger()
         self.client.write(b"", end=True)
 

@@ -8,14 +8,19 @@ leaves without asking, and to break a response off so that its end is seen to be
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 import http
+import logging
 import socket
+import urllib.parse
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -40,6 +45,10 @@ LAST_CALL_SECONDS = 0.2  # for the first request of a connection that was made j
 _PARTING_SECONDS = 1.0  # for a client to read why its connection ends
 _KEEPALIVE_SECONDS = 120.0  # where no door says otherwise
 _BODYLESS = frozenset((204, 304))
+# Of targets that have been taken apart: most requests go to a few.
+_TARGETS: dict[bytes, tuple[str, bytes, bytes]] = {}
+_MOST_TARGETS = 256
+_SHORT_TARGET = 128
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,7 +64,18 @@ def listen(host: str, port: int) -> socket.socket:
         dual = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host or '*'}:{port}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot listen on {host or '*'}:{port}: {_why(error)}") from error
+
+
+def _why(error: OSError) -> str:
+    """In words for people: the library's own repeat the address, and do not say what to do."""
+    if error.errno == errno.EADDRINUSE:
+        return "another program listens there; take another port (0: a free one), or stop it"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have that address"
+    if error.errno == errno.EACCES:
+        return "this user may not use that port; those from 1024 on are free to all"
+    return error.strerror or str(error)
 
 
 def port_of(listener: socket.socket) -> int:
@@ -64,7 +84,12 @@ def port_of(listener: socket.socket) -> int:
 
 
 async def serve(
-    app: Any, listener: socket.socket, stop: asyncio.Event, *, grace: float, door: Door | None = None
+    app: Any,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    grace: float | Callable[[], float],
+    door: Door | None = None,
 ) -> None:
     """Serve an ASGI app on a bound socket until `stop` is set, then let running requests end within `grace` seconds.
 
@@ -86,7 +111,7 @@ async def serve(
     try:
         await stop.wait()
         await _shut(server, listener, state)
-        await _end(state.tasks, grace)
+        await _end(state.tasks, grace() if callable(grace) else grace)
     finally:
         server.close()
         listener.close()
@@ -156,58 +181,141 @@ def _refusal_head(status: int) -> bytes:
     return line + b"content-type: application/json\r\nconnection: close\r\n"
 
 
-class Client:
+class Client(RequestResponseCycle):
     """The client of one request: told of when it leaves, can be cut off, and takes a response with fewer steps.
 
     `start`, `write` and `flush` are what ASGI's `send` does, without its awaits, checks and separate writes of head
     and body; a request is answered by either. They take header fields as they are: names in lower case, no control
     characters, no `connection`, `transfer-encoding` nor wrong `content-length` among them.
+
+    It is uvicorn's cycle too, which is the ASGI side of it; what few requests change of that is not set for each.
     """
 
-    __slots__ = ("_chunked", "_connection", "_cycle", "_head", "_silent")
+    logger = access_logger = logging.getLogger("uvicorn.error")
+    access_log = False
+    default_headers: list[tuple[bytes, bytes]] = []  # noqa: RUF012 - nobody adds to it
+    disconnected = False
+    more_body = True
+    response_started = False
+    response_complete = False
+    chunked_encoding: bool | None = None
+    expected_content_length = 0
+    _head = b""  # not sent yet
+    _chunked = False
+    _silent = False  # the response has no body, whatever its head says
+    _news = False  # something has come that nobody has taken, or nothing more will come
+    _told: asyncio.Event | None = None  # where somebody waits for that
+    task: asyncio.Task[None] | None = None  # while the application answers
 
-    def __init__(self, connection: ClientConnection, cycle: RequestResponseCycle) -> None:
+    def __init__(
+        self, connection: ClientConnection, scope: dict[str, Any], *, keep_alive: bool, expects_100: bool
+    ) -> None:
+        self.scope = scope  # type: ignore[assignment]
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = expects_100
         self._connection = connection
-        self._cycle = cycle
-        self._head = b""  # not sent yet
-        self._chunked = False
-        self._silent = False  # the response has no body, whatever its head says
+        self._pieces: list[bytes] = []  # of the body
+        self._size = 0
+
+    def on_response(self) -> None:
+        """The response has gone out."""
+        self._connection.on_response_complete()
 
     @property
     def has_sent_all(self) -> bool:
         """The request's body is here to its end."""
-        return not self._cycle.more_body
+        return not self.more_body
 
     def take(self) -> bytes:
         """What has come of the request's body since the last time."""
-        cycle = self._cycle
-        data, cycle.body = bytes(cycle.body), bytearray()
-        cycle.message_event.clear()
-        return data
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        self._news = False
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def add(self, data: bytes) -> None:
+        """More of the request's body."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        self.set()
+
+    @property
+    def message_event(self) -> Client:  # type: ignore[override]
+        """What uvicorn sets of an event, which is made only where somebody waits."""
+        return self
+
+    def set(self) -> None:
+        """There is news."""
+        self._news = True
+        if self._told is not None:
+            self._told.set()
+
+    async def run_asgi(self, app: Any) -> None:
+        """Have the application answer.
+
+        Afterwards nothing leads back here: what refers to itself stays until Python looks for garbage, which with
+        thousands of requests in it takes tens of milliseconds, in which everybody waits.
+        """
+        try:
+            await app(self.scope, self.receive, self.send)
+        except BaseException as error:
+            self.logger.error("Exception in ASGI application\n", exc_info=error)
+            await self._give_up()
+        else:
+            if not self.response_complete and not self.disconnected:
+                self.logger.error("ASGI callable returned without completing response.")
+                await self._give_up()
+        finally:
+            self.scope.pop("extensions", None)
+            self._connection.tasks.discard(cast("asyncio.Task[None]", self.task))
+            self.task = None
+            self._connection.part_with(self)
+
+    async def _give_up(self) -> None:
+        if self.response_started:
+            self.transport.close()
+        else:
+            await self.send_500_response()
+
+    async def receive(self) -> Any:
+        """As ASGI has it."""
+        if self.waiting_for_100_continue and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.waiting_for_100_continue = False
+        if not self.disconnected and not self.response_complete:
+            self.flow.resume_reading()
+            if not self._news:
+                told = self._told = self._told or asyncio.Event()
+                await told.wait()
+            self._news, self._told = False, None
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": self.take(), "more_body": self.more_body}
 
     def start(self, status: int, headers: Iterable[tuple[bytes, bytes]], *, close: bool = False) -> None:
         """Begin the response; its head goes out with the first `write`, or by `flush`. close: the connection ends."""
-        cycle = self._cycle
-        cycle.response_started = True
-        cycle.waiting_for_100_continue = False
-        cycle.keep_alive = cycle.keep_alive and not close
-        self._silent = cycle.scope["method"] == "HEAD" or status in _BODYLESS
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        self.keep_alive = self.keep_alive and not close
+        self._silent = self.scope["method"] == "HEAD" or status in _BODYLESS
         # To a client that knows no chunks, the end of the connection is the end of the body (RFC 9112 section 6.3).
-        self._chunked = not self._silent and cycle.scope["http_version"] != "1.0"
-        lines = [STATUS_LINE.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        self._chunked = not self._silent and self.scope["http_version"] != "1.0"
+        lines = []
         for field in headers:
             if field[0] == b"content-length":
                 self._chunked = False
-            lines.append(b"%b: %b\r\n" % field)
-        if not cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
+            lines.append(b": ".join(field))
+        if not self.keep_alive:
+            lines.append(b"connection: close")
         lines.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
-        self._head = b"".join(lines)
+        self._head = (STATUS_LINE.get(status) or b"HTTP/1.1 %d \r\n" % status) + b"\r\n".join(lines)
 
     def write(self, data: bytes, *, end: bool) -> None:
         """The next bytes of the response's body; nothing happens when the client has gone. See `has_room`."""
-        cycle = self._cycle
-        if cycle.disconnected:
+        if self.disconnected:
             return
         head, self._head = self._head, b""
         if self._silent:
@@ -219,32 +327,31 @@ class Client:
         else:
             data = head + b"0\r\n\r\n" if end else head
         if data:
-            cycle.transport.write(data)
+            self.transport.write(data)
         if end:
-            cycle.response_complete = True
-            cycle.message_event.set()
-            if not cycle.keep_alive:
-                cycle.transport.close()
-            cycle.on_response()
+            self.response_complete = True
+            self.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
 
     def pass_on(self, chunk: bytes) -> bool:
         """Send a chunk of the body as an endpoint has framed it; False: it has to be written."""
-        cycle = self._cycle
-        if self._head or not self._chunked or cycle.disconnected or self._connection.flow.write_paused:
+        if self._head or not self._chunked or self.disconnected or self._connection.flow.write_paused:
             return False
-        cycle.transport.write(chunk)
+        self.transport.write(chunk)
         return True
 
     def flush(self) -> None:
         """Send the head if it has not gone out yet."""
-        if self._head and not self._cycle.disconnected:
+        if self._head and not self.disconnected:
             head, self._head = self._head, b""
-            self._cycle.transport.write(head)
+            self.transport.write(head)
 
     @property
     def has_room(self) -> bool:
         """Whether the client keeps up with what is written, or has gone; else wait in `drain`."""
-        return not self._connection.flow.write_paused or self._cycle.disconnected
+        return not self._connection.flow.write_paused or self.disconnected
 
     async def drain(self) -> None:
         await self._connection.flow.drain()
@@ -269,7 +376,7 @@ class Client:
         self.flush()
         # Has uvicorn expect nothing more of the application. By itself it does so only for the latest of several
         # requests that were sent without waiting for answers, and would log the others' end as a fault.
-        self._cycle.disconnected = True
+        self.disconnected = True
         if self._connection.flow.write_paused:
             self._connection.transport.abort()
         else:
@@ -283,6 +390,8 @@ class ClientConnection(HttpToolsProtocol):
     parser underneath drops the body of such a request; Java's HttpClient makes the offer with every request.
     """
 
+    cycle: Client
+    pipeline: deque[tuple[Client, Any]]  # type: ignore[assignment]
     door = Door()
     leave: Callable[[], None] | None = None
     lost = False
@@ -349,7 +458,7 @@ class ClientConnection(HttpToolsProtocol):
             return
         if running:  # its body will not come; uvicorn is to expect no answer of the application's
             self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self.cycle.set()
         body = openai.error_body(refusal.status, refusal.message)
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (_refusal_head(refusal.status), len(body), body))
         if refusal is CROWDED:
@@ -387,6 +496,14 @@ class ClientConnection(HttpToolsProtocol):
         leave, self.leave = self.leave, None
         if leave is not None:
             leave()
+        self.pipeline.clear()
+        if self.cycle is not None:
+            self.part_with(self.cycle)
+
+    def part_with(self, client: Client) -> None:
+        """Once both have ended, they refer to each other no more."""
+        if self.lost and client is self.cycle and client.task is None:
+            self.cycle = None  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
         """What uvicorn does here, but for a timer a request: one goes on ringing and looks whether it is time."""
@@ -410,7 +527,9 @@ class ClientConnection(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -423,8 +542,8 @@ class ClientConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        parser = self.parser
-        verdict = self.door.judge(parser.get_method(), parser.get_http_version(), self.url, self.headers)
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        verdict = self.door.judge(method, version, self.url, self.headers)
         if verdict is None and self._head_bytes + self._arrived > self.door.limits.max_head_bytes:
             verdict = self.door.weigh(self.url, self.headers)  # it may have come together with its body
         if verdict is not None:
@@ -432,12 +551,55 @@ class ClientConnection(HttpToolsProtocol):
             raise ValueError(verdict.reason)  # it ends the parsing
         self._declining = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
         if not self._declining:
-            super().on_headers_complete()
-            self.scope["extensions"] = {EXTENSION: {"client": Client(self, self.cycle)}}
+            self._begin(method, version)
+
+    def _begin(self, method: bytes, version: str) -> None:
+        """A request's head is here: have it answered, or wait its turn."""
+        path, raw_path, query = _TARGETS.get(self.url) or _split(self.url)
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "method": method.decode("ascii"),
+            "root_path": "",
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": self.headers,
+            "state": {},
+        }
+        before = self.cycle
+        client = Client(
+            self,
+            scope,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            expects_100=self.expect_100_continue,
+        )
+        scope["extensions"] = {EXTENSION: {"client": client}}
+        self.cycle = client
+        if before is None or before.response_complete:
+            self._start_asgi_task(client, self.app)
+        else:  # sent without waiting for the answer to the one before
+            self.flow.pause_reading()
+            self.pipeline.appendleft((client, self.app))
+
+    def _start_asgi_task(self, cycle: Client, app: Any) -> None:  # type: ignore[override]
+        cycle.task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(cycle.task)
+
+    def on_body(self, body: bytes) -> None:
+        client = self.cycle
+        if not client.response_complete:
+            client.add(body)
 
     def on_message_complete(self) -> None:
-        if not self._declining:
-            super().on_message_complete()
+        client = self.cycle
+        if not self._declining and not client.response_complete:
+            client.more_body = False
+            client.set()
 
     def _go_on(self, rest: bytes) -> None:
         """Parse on after a request that offered another protocol, from its head without the offer."""
@@ -447,3 +609,16 @@ class ClientConnection(HttpToolsProtocol):
                 lines += (name, b": ", value, b"\r\n")
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"".join((*lines, b"\r\n", rest)))
+
+
+def _split(target: bytes) -> tuple[str, bytes, bytes]:
+    """Path, path as it came, and query of a request's target; raises httptools' error for what is none."""
+    parsed = httptools.parse_url(target)
+    raw_path = parsed.path
+    path = raw_path.decode("ascii")
+    found = urllib.parse.unquote(path) if "%" in path else path, raw_path, parsed.query or b""
+    if len(target) <= _SHORT_TARGET:
+        if len(_TARGETS) >= _MOST_TARGETS:
+            _TARGETS.clear()
+        _TARGETS[target] = found
+    return found

@@ -18,7 +18,7 @@ from picker.types import Endpoint, FailureReason
 # Below the 5 s after which vLLM's server closes an idle connection: a connection that both sides may close at the same
 # moment loses requests.
 KEEPALIVE_SECONDS = 4.0
-_JOINED_BYTES = 64 * 1024  # larger bodies are not copied to go out with their head
+_JOINED_BYTES = 16 * 1024  # larger bodies are not copied to go out with their head
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _WITHOUT_LENGTH = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # where no body is the rule (RFC 9110 section 8.6)
 
@@ -32,7 +32,7 @@ class Upstream:
     """
 
     def __init__(self, *, connect_timeout: float, trust: Trust | None = None) -> None:
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self._trust = trust or Trust()
         self._loop = asyncio.get_running_loop()
         self._open: set[UpstreamConnection] = set()
@@ -83,7 +83,7 @@ class Upstream:
         host, _, port = endpoint.address.rpartition(":")
         place = (endpoint.scheme, endpoint.address)
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            async with asyncio.timeout(self.connect_timeout):
                 _, connection = await self._loop.create_connection(
                     lambda: UpstreamConnection(self._loop, self, place),
                     host.strip("[]"),
@@ -147,13 +147,10 @@ def _request(
 ) -> tuple[bytes, bytes]:
     """A request's head, with the body behind it when that is small, and what of the body goes out apart."""
     host = endpoint.address.removesuffix(_DEFAULT_PORTS[endpoint.scheme])
-    lines = [f"{method} ".encode(), target, f" HTTP/1.1\r\nhost: {host}\r\n".encode()]
-    lines += [b"%b: %b\r\n" % pair for pair in headers]
+    fields = [b": ".join(pair) for pair in headers]
+    start = f"{method} ".encode() + target + f" HTTP/1.1\r\nhost: {host}".encode()
     if body is None:
-        lines.append(b"\r\n" if method in _WITHOUT_LENGTH else b"content-length: 0\r\n\r\n")
-        return b"".join(lines), b""
-    lines.append(b"content-length: %d\r\n\r\n" % len(body))
-    if len(body) > _JOINED_BYTES:
-        return b"".join(lines), body
-    lines.append(body)
-    return b"".join(lines), b""
+        length = b"\r\n\r\n" if method in _WITHOUT_LENGTH else b"\r\ncontent-length: 0\r\n\r\n"
+        return b"\r\n".join((start, *fields)) + length, b""
+    head = b"\r\n".join((start, *fields, b"content-length: %d\r\n\r\n" % len(body)))
+    return (head, body) if len(body) > _JOINED_BYTES else (head + body, b"")

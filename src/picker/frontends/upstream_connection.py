@@ -173,11 +173,18 @@ class UpstreamConnection(asyncio.Protocol):
         self.silent, self._in_head, self._headers = True, 0, []
         self._keep = self._until_close = self._between = False
         self._head_only = head_only
-        self._transport.write(request)
         if body:
-            self._transport.write(body)
+            self._transport.writelines((request, body))  # in one system call
+        else:
+            self._transport.write(request)
         while not reply.status and not reply.broken:
-            await self.progress()
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                if self._reply is reply:
+                    self.abort()
+                raise
         return reply if reply.status else None
 
     async def progress(self, into: Sink | None = None, shortcut: Shortcut | None = None) -> bool:

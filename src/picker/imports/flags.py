@@ -39,6 +39,12 @@ class Draft:
             at = at.setdefault(section, {})
         at[name] = value
 
+    def rewrite(self, alias: str, models: Sequence[str]) -> None:
+        """Have requests for an alias get one of these models instead."""
+        rules: list[Any] = self.values.setdefault("models", {}).setdefault("rewrites", [])
+        targets = [{"modelRewrite": model} for model in models]
+        rules.append({"name": alias, "matches": [{"model": {"value": alias}}], "targets": targets})
+
     def endpoints(self, urls: Sequence[str], where: str) -> list[Any]:
         """Add endpoints by URL; what cannot be one is reported."""
         found: list[Any] = self.values.setdefault("endpoints", [])
@@ -157,6 +163,24 @@ def to(key: str, convert: Callable[[str], Any] = str, fate: Fate = Fate.SAME, sa
         draft.say(name, fate, f"{key}: {value}" + (f"; {says}" if says else ""))
 
     return means
+
+
+def log_level(draft: Draft, name: str, values: Sequence[str]) -> None:
+    """A level of theirs, as the nearest of ours."""
+    ours = _LEVELS.get(values[0].lower())
+    if ours is None:
+        draft.say(name, Fate.MISSING, f"log_level: {values[0]} is none of {', '.join(dict.fromkeys(_LEVELS.values()))}")
+        return
+    draft.set("log_level", ours)
+    draft.say(name, Fate.SAME if ours == values[0] else Fate.PARTLY, f"log_level: {ours}")
+
+
+_LEVELS = {
+    **dict.fromkeys(("trace", "debug"), "debug"),
+    "info": "info",
+    **dict.fromkeys(("warn", "warning"), "warning"),
+    **dict.fromkeys(("error", "critical"), "error"),
+}
 
 
 def is_here(says: str) -> Meaning:

@@ -21,7 +21,8 @@ _STRATEGIES = (
     *("simple-shuffle", "least-busy", "usage-based-routing", "usage-based-routing-v2", "latency-based-routing"),
     *("cost-based-routing", "lowest-tpm-rpm", "provider-budget-routing"),
 )
-_LIMITS = ("rpm", "tpm", "max_parallel_requests", "max_budget", "budget_duration", "weight", "order")
+_LIMITS = ("rpm", "tpm", "max_parallel_requests", "max_budget", "budget_duration", "order")
+_LIGHTEST, _HEAVIEST = 0.01, 100.0  # weights of endpoints here
 
 
 def is_one(document: Any) -> bool:
@@ -33,9 +34,13 @@ def read(document: Any) -> Imported:
     """The configuration in picker's words, and what became of each part; raises ConfigError."""
     if not isinstance(document, dict):
         raise ConfigError("a configuration of LiteLLM has keys and values at the top")
-    draft = Draft()
+    draft, names, weights = Draft(), dict[str, list[str]](), dict[str, float]()
     for number, entry in enumerate(document.get("model_list") or []):
-        _model(draft, f"model_list[{number}]", entry)
+        _model(draft, f"model_list[{number}]", entry, names, weights)
+    _rename(draft, names)
+    if weights:
+        listed = draft.values["endpoints"]
+        draft.values["endpoints"] = [_weighed(root, weights) for root in listed]
     _settings(draft, "router_settings", document, _ROUTER)
     _settings(draft, "litellm_settings", document, _LITELLM)
     _settings(draft, "general_settings", document, _GENERAL)
@@ -52,7 +57,8 @@ def read(document: Any) -> Imported:
 # --- models ------------------------------------------------------------------------------------------------
 
 
-def _model(draft: Draft, where: str, entry: Any) -> None:
+def _model(draft: Draft, where: str, entry: Any, names: dict[str, list[str]], weights: dict[str, float]) -> None:
+    """names: of the models that clients ask for, those that engines serve by them; weights: of endpoints."""
     given = entry.get("litellm_params") if isinstance(entry, dict) else None
     if not isinstance(given, dict) or not isinstance(given.get("model"), str):
         raise ConfigError(f"{where}: litellm_params.model is missing")
@@ -69,7 +75,13 @@ def _model(draft: Draft, where: str, entry: Any) -> None:
         draft.say(where, Fate.MISSING, f"api_base has a path beside /v1, which picker cannot put before others: {base}")
         return
     draft.endpoints([root], where)
-    draft.say(where, *_naming(str(entry.get("model_name", served)), served, root))
+    name = str(entry.get("model_name", served))
+    served_by = names.setdefault(name, [])
+    if served not in served_by:
+        served_by.append(served)
+    draft.say(where, *_naming(name, served, root))
+    if "weight" in given:
+        _weight(draft, f"{where}.litellm_params.weight", given["weight"], root, weights)
     _parameters(draft, f"{where}.litellm_params", given)
 
 
@@ -86,21 +98,41 @@ def _root(base: str) -> str | None:
 def _naming(name: str, served: str, root: str) -> tuple[Fate, str]:
     if name == served:
         return Fate.SAME, f"endpoint {root}; its models are asked from it"
-    return Fate.PARTLY, (
-        f"endpoint {root}; clients ask for {name}, the engine serves {served}, and picker rewrites no names: "
-        f"start vLLM with --served-model-name {name}"
-    )
+    if "*" in name or "*" in served:
+        return Fate.PARTLY, f"endpoint {root}; names by pattern are not rewritten: clients ask for what engines serve"
+    return Fate.SAME, f"endpoint {root}; models.rewrites: {name} becomes {served}"
+
+
+def _rename(draft: Draft, names: Mapping[str, list[str]]) -> None:
+    """Names that engines do not serve are rewritten to one that they do."""
+    for name, served in names.items():
+        if served != [name] and not any("*" in each for each in (name, *served)):
+            draft.rewrite(name, served)
+
+
+def _weight(draft: Draft, where: str, value: Any, root: str, weights: dict[str, float]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LIGHTEST <= value <= _HEAVIEST:
+        draft.say(where, Fate.MISSING, f"weights are from {_LIGHTEST} to {_HEAVIEST:g}")
+        return
+    weights[root] = value
+    draft.say(where, Fate.PARTLY, f"endpoints: weight: {value}; the endpoint is taken for so many times as fast")
+
+
+def _weighed(root: str, weights: Mapping[str, float]) -> Any:
+    return {"address": root, "weight": weights[root]} if root in weights else root
 
 
 def _parameters(draft: Draft, where: str, given: Mapping[str, Any]) -> None:
     for key, value in given.items():
         match key:
-            case "model" | "api_base" | "base_url":
+            case "model" | "api_base" | "base_url" | "weight":
                 pass
             case "api_key" if value in (None, "", "none", "None", "fake", "EMPTY", "dummy"):
                 draft.say(f"{where}.{key}", Fate.SAME, "none is needed")
             case "api_key":
-                draft.say(f"{where}.{key}", Fate.PARTLY, "put it into a file and name it in upstream.api_key_file")
+                draft.say(
+                    f"{where}.{key}", Fate.PARTLY, "put it into a file and name it as the endpoint's api_key_file"
+                )
             case "timeout" | "stream_timeout":
                 draft.say(f"{where}.{key}", Fate.PARTLY, "for all endpoints: proxy.first_byte_timeout_s")
             case _ if key in _LIMITS:
@@ -129,7 +161,6 @@ _ROUTER: _Known = {
     "context_window_fallbacks": _FALLBACK,
     "content_policy_fallbacks": _FALLBACK,
     "default_fallbacks": _FALLBACK,
-    "model_group_alias": (None, Fate.MISSING, "names are passed on as they are (--served-model-name of vLLM)"),
     "redis_host": _REDIS,
     "redis_port": _REDIS,
     "redis_password": _REDIS,
@@ -171,6 +202,9 @@ def _settings(draft: Draft, section: str, document: Mapping[str, Any], known: _K
     for key, value in settings.items():
         key_of_ours, fate, says = known.get(key, (None, Fate.MISSING, "picker has nothing of the kind"))
         where = f"{section}.{key}"
+        if key == "model_group_alias" and isinstance(value, dict):
+            _group_aliases(draft, where, value)
+            continue
         if key == "routing_strategy" and value not in _STRATEGIES:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(_STRATEGIES)}")
         if key_of_ours is None:
@@ -181,3 +215,21 @@ def _settings(draft: Draft, section: str, document: Mapping[str, Any], known: _K
         ours = value + 1 if key == "num_retries" else round(value * _MIB) if key == "max_request_size_mb" else value
         draft.set(key_of_ours, ours)
         draft.say(where, fate, f"{key_of_ours}: {ours}" + (f"; {says}" if says else ""))
+
+
+def _group_aliases(draft: Draft, where: str, aliases: Mapping[str, Any]) -> None:
+    for alias, group in aliases.items():
+        model = group.get("model") if isinstance(group, dict) else group
+        if not isinstance(model, str):
+            draft.say(f"{where}.{alias}", Fate.MISSING, "it names no model")
+            continue
+        targets = _targets(draft, model)
+        draft.rewrite(str(alias), targets)
+        draft.say(f"{where}.{alias}", Fate.SAME, f"models.rewrites: {alias} becomes {' or '.join(targets)}")
+
+
+def _targets(draft: Draft, model: str) -> list[str]:
+    """What a name that clients ask for has become already: rules are not applied to what rules have made."""
+    rules = draft.values.get("models", {}).get("rewrites", [])
+    found = [[each["modelRewrite"] for each in rule["targets"]] for rule in rules if rule["name"] == model]
+    return found[0] if found else [model]

@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from picker.errors import ConfigError
-from picker.imports.flags import Draft, Flag, Meaning, Program, is_here, is_missing, is_partly, number, policy, to
+from picker.imports.flags import (
+    Draft,
+    Flag,
+    Meaning,
+    Program,
+    is_here,
+    is_missing,
+    is_partly,
+    log_level,
+    number,
+    policy,
+    to,
+)
 from picker.imports.report import Fate
 
 _BY_COST = "requests go where their prefix is cached unless waiting there costs more"
@@ -36,8 +48,18 @@ def _backends(draft: Draft, name: str, values: Sequence[str]) -> None:
 
 
 def _models(draft: Draft, name: str, values: Sequence[str]) -> None:
-    draft.set("models", _listed(values[0]))  # taken out again by `_finish`
+    draft.set("static-models", _listed(values[0]))  # taken out again by `_finish`
     draft.say(name, Fate.SAME, "endpoints: models, in the order of the endpoints")
+
+
+def _aliases(draft: Draft, name: str, values: Sequence[str]) -> None:
+    for pair in _listed(values[0]):
+        alias, colon, model = pair.partition(":")
+        if not (alias and colon and model):
+            draft.say(name, Fate.MISSING, f"{pair!r} is not alias:model")
+            continue
+        draft.rewrite(alias, [model])
+        draft.say(name, Fate.SAME, f"models.rewrites: {alias} becomes {model}")
 
 
 def _discovery(draft: Draft, name: str, values: Sequence[str]) -> None:
@@ -51,7 +73,7 @@ def _discovery(draft: Draft, name: str, values: Sequence[str]) -> None:
 
 
 def _finish(draft: Draft) -> None:
-    urls, models = draft.values.get("endpoints", []), draft.values.pop("models", [])
+    urls, models = draft.values.get("endpoints", []), draft.values.pop("static-models", [])
     if models and len(models) != len(urls):
         raise ConfigError(f"--static-models: {len(models)} models for {len(urls)} backends")
     if models:
@@ -82,7 +104,7 @@ _MEANINGS: Mapping[str, Meaning] = {
     "k8s-watcher-timeout-seconds": is_here("watches are begun anew when they are silent (kubernetes.silence_s)"),
     "static-backends": _backends,
     "static-models": _models,
-    "static-aliases": is_missing("names are passed on as they are: have vLLM serve the alias (--served-model-name)"),
+    "static-aliases": _aliases,
     "static-model-types": is_here("every path is passed on"),
     "static-model-labels": is_partly("endpoints take labels (endpoints: labels), which filters and profiles use"),
     "static-backend-health-checks": _CHECKS,
@@ -111,7 +133,7 @@ _MEANINGS: Mapping[str, Meaning] = {
     "dynamic-config-yaml": is_partly("endpoints_file is watched for changes, in picker's own words"),
     "dynamic-config-json": is_partly("endpoints_file is watched for changes, in picker's own words"),
     "feature-gates": is_missing("semantic cache and PII filters are not picker's"),
-    "log-level": is_partly("give it as --log-level"),
+    "log-level": log_level,
     "log-format": is_missing("log lines are text; --access-log has one JSON line a request"),
     "sentry-dsn": _SENTRY,
     "sentry-traces-sample-rate": _SENTRY,

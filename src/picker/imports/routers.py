@@ -16,6 +16,7 @@ from picker.imports.flags import (
     is_here,
     is_missing,
     is_partly,
+    log_level,
     number,
     policy,
     to,
@@ -165,6 +166,34 @@ def _health_path(draft: Draft, name: str, values: Sequence[str]) -> None:
     draft.say(name, Fate.SAME, f"health.path: {values[0]}; without it, metrics tell")
 
 
+def _metrics_host(draft: Draft, name: str, values: Sequence[str]) -> None:
+    draft.set("admin.host", values[0])
+    if values[0] in ("127.0.0.1", "localhost", "::1"):
+        draft.say(name, Fate.SAME, f"admin.host: {values[0]}")
+        return
+    draft.set("admin.read_only", True)
+    draft.say(name, Fate.PARTLY, f"admin.host: {values[0]}; the admin API is there, too: read-only, as there is no key")
+
+
+def _request_ids(draft: Draft, name: str, values: Sequence[str]) -> None:
+    others = [value for value in values if value.lower() != "x-request-id"]
+    if others:
+        draft.say(
+            name, Fate.PARTLY, f"ids are taken from x-request-id alone; {', '.join(others)}: passed on as any field"
+        )
+    else:
+        draft.say(name, Fate.SAME, "x-request-id is kept, or made")
+
+
+def _alias(draft: Draft, name: str, values: Sequence[str]) -> None:
+    alias, equals, model = values[0].partition("=")
+    if not (alias and equals and model):
+        draft.say(name, Fate.MISSING, f"{values[0]!r} is not alias=model")
+        return
+    draft.rewrite(alias, [model])
+    draft.say(name, Fate.SAME, f"models.rewrites: {alias} becomes {model}")
+
+
 def _ranks(draft: Draft, name: str, values: Sequence[str]) -> None:
     draft.set("ranks", int(number(values[0])))  # taken out again by `_finish`
     draft.say(name, Fate.SAME, f"each endpoint as {values[0]} ranks")
@@ -228,9 +257,9 @@ _MEANINGS: Mapping[str, Meaning] = {
     "enable-igw": is_here("several models behind one gateway need no switch"),
     "api-key": is_partly("it is for the engines: put it into a file and name it in upstream.api_key_file"),
     "tenant-api-key": is_partly("put it into a file as a line name:key, and name the file in keys.file"),
-    "control-plane-": is_partly("the admin port asks for admin.token, or for keys of admin.keys_file"),
+    "control-plane-": is_partly("the admin port asks for admin.token_file, or for keys of admin.keys_file"),
     "jwt-": is_missing("keys are the only credentials"),
-    "log-level": is_partly("give it as --log-level"),
+    "log-level": log_level,
     "log-json": is_missing("log lines are text; --access-log has one JSON line a request"),
     "log-dir": is_missing("picker logs to stderr; --access-log FILE has a line for each request"),
     "log-mm-timing": is_missing("there is no such log"),
@@ -241,17 +270,17 @@ _MEANINGS: Mapping[str, Meaning] = {
     "discovery-": is_partly("endpoints_file is a file of endpoints that is watched, in picker's own words"),
     "router-selector": is_missing("replicas find each other by replicas.peers"),
     "prometheus-port": to("admin.port", lambda text: int(number(text)), Fate.PARTLY, "metrics have other names"),
-    "prometheus-host": to("admin.host"),
+    "prometheus-host": _metrics_host,
     "prometheus-duration-buckets": is_missing("buckets are fixed"),
     "health-check-port": is_here("health is on the admin port"),
-    "request-id-headers": is_missing("x-request-id is passed on, no other"),
+    "request-id-headers": _request_ids,
     "request-timeout-secs": to(
         "proxy.first_byte_timeout_s", number, Fate.PARTLY, "until a response begins; a response that flows has no limit"
     ),
     "stream-body-stall-timeout-secs": to("proxy.idle_timeout_s", number),
     "shutdown-grace-period-secs": to("drain_timeout_s", number),
-    "header-read-timeout-secs": is_here("heads have a time limit of their own"),
-    "idle-connection-timeout-secs": is_here("idle connections of clients are closed after 120 s"),
+    "header-read-timeout-secs": to("connections.head_timeout_s", number),
+    "idle-connection-timeout-secs": to("connections.idle_timeout_s", number),
     "upstream-pool-idle-timeout-secs": is_here("idle connections to engines are closed after 4 s"),
     "sse-keepalive-secs": is_missing("streams pass as engines send them"),
     "retry-max-retries": to("limits.max_attempts", _max_attempts, Fate.PARTLY, "each on another endpoint"),
@@ -289,6 +318,8 @@ _MEANINGS: Mapping[str, Meaning] = {
     "cors-allowed-origins": is_missing("browsers' CORS is not answered"),
     "model-path": _TOKENIZER,
     "model": _TOKENIZER,
+    "model-alias": _alias,
+    "model-id-from": is_missing("models are called as engines call them"),
     "tokenizer-path": _TOKENIZER,
     "chat-template": _TOKENIZER,
     "tokenizer-cache-": is_here("tokenised beginnings are kept"),

@@ -187,7 +187,8 @@ class ApproximateIndex:
         if math.isfinite(mine.announced):
             factor = _SHRINK if held < _NEARLY and predicted - actual > 1 else _RECOVER
             mine.effective = min(mine.announced, max(_FLOOR * mine.announced, mine.effective * factor))
-            self._trim(row)
+            if mine.blocks > mine.effective:
+                self._trim(row)
 
     def take_back(self, row: int, block_hashes: UInt64Array, kept: int, *, thorough: bool = True) -> None:
         """The row never computed this prompt: of what `store` has credited it with, the first `kept` blocks stay.
@@ -210,6 +211,22 @@ class ApproximateIndex:
                 self._lose(row, run)
         self._weigh(row)
         self._make_room(0)
+
+    def retention(self, row: int) -> tuple[float, float, float]:
+        """(trust, capacity announced, capacity as trusted)."""
+        mine = self._rows[row]
+        return float(self.trust[row]), mine.announced, mine.effective
+
+    def learn_retention(self, row: int, trust: float, announced: float, effective: float) -> None:
+        """Believe of a row what somebody else has found out about it, if we have found out nothing."""
+        mine = self._rows[row]
+        if self.trust[row] == 1.0 and mine.effective == mine.announced:
+            self.trust[row] = min(trust, 1.0)
+            if math.isfinite(announced) and announced > 0:
+                share = min(effective / announced, 1.0)
+                mine.announced = mine.announced if math.isfinite(mine.announced) else announced
+                mine.effective = mine.announced * share
+                self._trim(row)
 
     def set_capacity(self, row: int, blocks: int | None) -> None:
         """What the engine announces to hold, in our blocks; None when it does not say. What was learned is kept."""

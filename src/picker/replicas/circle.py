@@ -18,8 +18,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from picker.replicas import words
-from picker.replicas.guests import Guests
-from picker.replicas.handover import Receiver, offer
+from picker.replicas.guests import LATE, Guests
+from picker.replicas.handover import Receiver, lessons_of, offer, taught
+from picker.replicas.lateness import Lateness
+from picker.replicas.relay import Relay
 from picker.replicas.words import Word
 from picker.runtime import Runtime
 from picker.types import Decision, Fact, Outcome, Request
@@ -57,6 +59,10 @@ class Circle(Collector):
         self.refused = 0  # by the buses: of who does not know the secret, or is of another version
         self.problem: str | None = None  # of the bus, in plain words
         self.tell: Callable[[bytes], None] = _nobody
+        self.tell_one: Callable[[str, bytes], None] = _nobody_else
+        self.lateness = Lateness()
+        self.relay = Relay(lambda replica, word: self.tell_one(replica, words.encode(word)))
+        self.relay.on_logs = lambda: self.tell(words.encode(self.alive()))
         self._runtime = runtime
         self._block_bytes = block_bytes
         self._ready = ready
@@ -98,7 +104,12 @@ class Circle(Collector):
         return self._ready() and len(self._runtime.scheduler.pool) > 0
 
     def greeting(self) -> words.Greeting:
-        return words.Greeting(words.VERSION, self.name, self._block_bytes, self.held)
+        relay = self.relay
+        return words.Greeting(words.VERSION, self.name, self._block_bytes, self.held, relay.marks, relay.logs)
+
+    def alive(self) -> words.Alive:
+        now = self._runtime.clock()
+        return words.Alive(self.held, self.relay.logs, now, self.lateness.echoes(now))
 
     def standing(self) -> words.Standing:
         """All requests of ours that are open."""
@@ -106,10 +117,12 @@ class Circle(Collector):
         own = [each for each in scheduler.charges if each.request.id > 0 and scheduler.charges.stands(each)]
         return words.Standing([words.routed(each, scheduler.pool.endpoint(each.row).name, fresh=False) for each in own])
 
-    def knowledge(self) -> Iterator[words.Node | words.Held]:
-        """What we believe to be cached where; lazily."""
+    def knowledge(self, wanted: words.Wanted) -> Iterator[words.Taught | words.Node | words.Held]:
+        """What we have learned, and what we believe to be cached where; lazily."""
         scheduler = self._runtime.scheduler
-        return offer(scheduler.index, lambda row: _name(scheduler.pool.endpoints[row]))
+        if wanted.lessons:
+            yield taught(scheduler.lessons(self._runtime.clock()))
+        yield from offer(scheduler.index, lambda row: _name(scheduler.pool.endpoints[row]))
 
     @property
     def held(self) -> int:
@@ -134,6 +147,7 @@ class Circle(Collector):
             self._missed = True  # what it decided meanwhile nobody has told us
         now = self._runtime.clock()
         self._neighbours[replica] = Neighbour(greeting.name, now, greeting.held)
+        self.relay.met(replica, greeting)
 
     def hear(self, replica: str, said: Sequence[words.FromReplica]) -> None:
         """Make facts of words. Raises ValueError for what makes no sense."""
@@ -143,26 +157,36 @@ class Circle(Collector):
         known.heard_at, known.gone = self._runtime.clock(), False
         known.words += len(said)
         self._heard += len(said)
+        late = (self.lateness.of(replica) or 0.0) > LATE
         facts: list[Fact] = []
         for word in said:
             match word:
-                case words.Alive(held):
+                case words.Alive(held, logs, at, echoes):
                     known.held = held
+                    self.relay.heard(replica, logs)
+                    if at is not None:
+                        self.lateness.heard(replica, at, echoes, known.heard_at)
+                case words.Logged():
+                    self.relay.take(word)
                 case words.Node() | words.Held():
                     if self._receiver is not None and self._teacher == replica:
                         fact = self._receiver.take(word)
                         facts += () if fact is None else (fact,)
+                case words.Taught():
+                    if self._teacher == replica:
+                        facts.append(lessons_of(word))
                 case words.Handed():
                     self._all_told(replica)
                 case words.Greeting() | words.Wanted():
                     pass
                 case _:
-                    facts += self._guests.facts(replica, word)
+                    facts += self._guests.facts(replica, word, late=late)
         self._learned += len(facts)
         self._runtime.learn(facts)
 
     def lost(self, replica: str) -> None:
         """A connection is over. Its lease runs on: it may be back in a moment."""
+        self.relay.left(replica)
         if self._teacher == replica:
             self._teacher = self._receiver = None
 
@@ -205,8 +229,10 @@ class Circle(Collector):
                 facts = self._guests.gone(replica)
                 log.warning("replica %s is gone; %d requests of it are taken as ended", known.name, len(facts))
                 self._runtime.learn(facts)
+                self.lateness.forget(replica)
             elif silent > _FORGET:
                 del self._neighbours[replica]
+                self.relay.forget(replica)
         since = now - self._began_at
         if since > _PATIENCE or (since > _ALONE and self._teacher is None):
             self.settled.set()
@@ -230,6 +256,7 @@ class Circle(Collector):
                     "name": known.name,
                     "gone": known.gone,
                     "heard_s": now - known.heard_at,
+                    "late_s": self.lateness.of(replica),
                     "open_requests": self._guests.open(replica),
                     "words": known.words,
                 }
@@ -244,6 +271,10 @@ class Circle(Collector):
         yield GaugeMetricFamily("picker_replicas_bus_broken", "1 while the bus to them does not work.", value=broken)
         requests = "Requests that other replicas have open, as far as they are followed."
         yield GaugeMetricFamily("picker_replicas_requests", requests, value=len(self._guests))
+        late = (
+            "How old it is what they say, when it is heard: of the replica where it is oldest; nan before it is known."
+        )
+        yield GaugeMetricFamily("picker_replicas_late_seconds", late, value=self.lateness.worst)
         for name, text, count in (
             ("told", "Words told to other replicas.", self._told),
             ("heard", "Words heard from them.", self._heard),
@@ -251,6 +282,9 @@ class Circle(Collector):
             ("lost", "Times that one was taken as gone.", self._lost),
             ("refused", "Connections and messages refused: another secret, another version.", self.refused),
             ("ignored", "Requests of theirs beyond what is followed.", self._guests.ignored),
+            ("entries_passed_on", "Access-log entries handed on to whose requests they tell of.", self.relay.passed),
+            ("entries_taken", "Access-log entries of our requests that others have handed on.", self.relay.taken),
+            ("entries_unclaimed", "Access-log entries with the mark of nobody known.", self.relay.unclaimed),
         ):
             yield CounterMetricFamily(f"picker_replicas_{name}", text, value=count)
 
@@ -261,3 +295,7 @@ def _name(endpoint: Any) -> str | None:
 
 def _nobody(word: bytes) -> None:
     """Where words go before there is a bus."""
+
+
+def _nobody_else(replica: str, word: bytes) -> None:
+    """Where those for one replica go then."""

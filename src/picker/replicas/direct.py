@@ -58,6 +58,8 @@ class Direct:
         self._troubles: dict[Address, str] = {}
         self._callers: dict[Address, asyncio.Task[None]] = {}
         circle.tell = self._tell
+        circle.tell_one = self._tell_one
+        circle.lateness.own = self.id.hex()
 
     async def run(self) -> None:
         """Listen and call until cancelled."""
@@ -79,10 +81,15 @@ class Direct:
         for line in self._lines:
             line.pass_on(encoded)
 
+    def _tell_one(self, replica: str, encoded: bytes) -> None:
+        for line in self._lines:
+            if line.replica == replica:
+                line.pass_on(encoded)
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            alive = words.encode(words.Alive(self._circle.held))
+            alive = words.encode(self._circle.alive())
             self._tell(alive)
             for line in self._speakers.values():
                 line.pass_on(alive)
@@ -137,8 +144,8 @@ class Direct:
         while True:
             async with asyncio.timeout(2 * LEASE):
                 said = await line.hear()
-            if any(isinstance(word, words.Wanted) for word in said):
-                await line.tell(self._circle.knowledge())
+            for wanted in [word for word in said if isinstance(word, words.Wanted)][:1]:
+                await line.tell(self._circle.knowledge(wanted))
                 line.say(words.Handed())
 
     # --- calling ---
@@ -203,7 +210,7 @@ class Direct:
     async def _attend(self, line: Line) -> None:
         while True:
             if self._circle.wants(line.replica):
-                line.say(words.Wanted())
+                line.say(words.Wanted(lessons=True))
             async with asyncio.timeout(LEASE):
                 said = await line.hear()
             self._circle.hear(line.replica, said)

@@ -1,19 +1,24 @@
-"""The prefix index in words, for a replica that has just come, and back. Pure.
+"""The prefix index in words, and what was learned, for a replica that has just come; and back. Pure.
 
-A tree, piece by piece: what many prompts share is said once. Longest untouched first, so that whoever follows it learns
-in the order in which endpoints forget.
+The index is a tree, piece by piece: what many prompts share is said once. Longest untouched first, so that whoever
+follows it learns in the order in which endpoints forget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
 
 from picker.prefix.approximate import ApproximateIndex
-from picker.replicas.words import Held, Node, blocks
-from picker.types import PrefixHeld
+from picker.replicas.words import Held, Node, Taught, blocks
+from picker.types import EndpointLessons, FloatArray, Lessons, PrefixHeld
 
 MOST_BLOCKS = 8 * 1024 * 1024  # 64 MiB of hashes
 _MOST_BYTES = 256 * 1024 * 1024  # of pieces that are kept until all is there
+_WIDTHS = {"prefill": 5, "decode": 4}  # numbers of a sample
+_SIZES, _SAMPLES = 64, 1024  # of samples, in powers of two of seconds; and how many of each
 
 
 def offer(
@@ -61,3 +66,60 @@ class Receiver:
             number, hashes = self._pieces[number]
             parts.append(hashes)
         return b"".join(reversed(parts))
+
+
+# --- what was learned --------------------------------------------------------------------------------------
+
+
+def taught(lessons: Lessons) -> Taught:
+    """Lessons in a word."""
+    return Taught(
+        prefill=_packed(lessons.prefill),
+        decode=_packed(lessons.decode),
+        ratios=dict(lessons.ratios),
+        rates=dict(lessons.rates),
+        endpoints=[
+            (each.name, *each.prefill, *each.decode, each.trust, each.announced, each.effective, each.recent)
+            for each in lessons.endpoints
+        ],
+    )
+
+
+def lessons_of(word: Taught) -> Lessons:
+    """The fact. Raises ValueError for numbers that nobody can have learned."""
+    for pairs in (word.ratios, word.rates):
+        _check(number for pair in pairs.values() for number in pair)
+    for _, *numbers in word.endpoints:
+        _check(0.0 if number == math.inf else number for number in numbers)
+    return Lessons(
+        prefill=_unpacked(word.prefill, _WIDTHS["prefill"]),
+        decode=_unpacked(word.decode, _WIDTHS["decode"]),
+        ratios=word.ratios,
+        rates=word.rates,
+        endpoints=tuple(
+            EndpointLessons(name, (expected, took), (decoded, lasted), *more)
+            for name, expected, took, decoded, lasted, *more in word.endpoints
+        ),
+    )
+
+
+def _packed(samples: Mapping[int, FloatArray]) -> dict[int, bytes]:
+    return {size: each.astype("<f8", copy=False).tobytes() for size, each in samples.items()}
+
+
+def _unpacked(samples: Mapping[int, bytes], width: int) -> dict[int, FloatArray]:
+    return {size: _samples(size, each, width) for size, each in samples.items()}
+
+
+def _samples(size: int, packed: bytes, width: int) -> FloatArray:
+    found = np.frombuffer(packed, dtype="<f8").astype(np.float64, copy=False)
+    if abs(size) > _SIZES or found.size % width or found.size > _SAMPLES * width:
+        raise ValueError("samples of no size")
+    if not (np.isfinite(found) & (found >= 0.0)).all():
+        raise ValueError("samples that nobody can have taken")
+    return found.reshape(-1, width)
+
+
+def _check(numbers: Iterable[float]) -> None:
+    if not all(math.isfinite(number) and number >= 0.0 for number in numbers):
+        raise ValueError("a number that nobody can have learned")

@@ -42,13 +42,15 @@ class RedisBus:
         self.id = secrets.token_bytes(ID)
         self._seal = self._seal_of(self.id)
         self._others: dict[str, Seal] = {}
-        self._asked: asyncio.Queue[str] = asyncio.Queue()  # who wants to know what we know
-        self._waiting: list[bytes] = []
+        self._asked: asyncio.Queue[tuple[str, words.Wanted]] = asyncio.Queue()  # who wants to know what we know
+        self._waiting: dict[str, list[bytes]] = {}  # by channel
         self._bytes = 0
         self._something = asyncio.Event()
         self._connected = False
         self._turn = asyncio.Lock()  # messages are published in the order of their numbers
         circle.tell = self._tell
+        circle.tell_one = self._tell_one
+        circle.lateness.own = self.id.hex()
 
     async def run(self) -> None:
         """Publish and listen until cancelled; what cannot reach Redis is dropped."""
@@ -62,9 +64,15 @@ class RedisBus:
             await self._client.aclose()
 
     def _tell(self, encoded: bytes) -> None:
+        self._say(self._channel, encoded)
+
+    def _tell_one(self, replica: str, encoded: bytes) -> None:
+        self._say(self._own_channel(replica), encoded)
+
+    def _say(self, channel: str, encoded: bytes) -> None:
         if not self._connected:
             return
-        self._waiting.append(encoded)
+        self._waiting.setdefault(channel, []).append(encoded)
         self._bytes += len(encoded)
         self._something.set()
         if self._bytes > _LIMIT:
@@ -86,7 +94,7 @@ class RedisBus:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            self._tell(words.encode(words.Alive(self._circle.held)))
+            self._tell(words.encode(self._circle.alive()))
             self._circle.sweep()
 
     async def _serve(self) -> None:
@@ -127,17 +135,19 @@ class RedisBus:
             await self._something.wait()
             self._something.clear()
             while self._waiting:
-                piece = self._piece()
-                await self._send(self._channel, piece)
+                await self._send(*self._piece())
 
-    def _piece(self) -> list[bytes]:
-        size = count = 0
-        while count < len(self._waiting) and size < _PIECE:
-            size += len(self._waiting[count])
+    def _piece(self) -> tuple[str, list[bytes]]:
+        """What one channel gets next, and which; each in its turn."""
+        channel = next(iter(self._waiting))
+        waiting, size, count = self._waiting.pop(channel), 0, 0
+        while count < len(waiting) and size < _PIECE:
+            size += len(waiting[count])
             count += 1
-        piece, self._waiting = self._waiting[:count], self._waiting[count:]
+        if count < len(waiting):
+            self._waiting[channel] = waiting[count:]
         self._bytes -= size
-        return piece
+        return channel, waiting[:count]
 
     async def _send(self, channel: str, encoded: list[bytes]) -> None:
         async with self._turn, asyncio.timeout(_TIMEOUT):
@@ -148,8 +158,8 @@ class RedisBus:
     async def _hand_over(self) -> None:
         """Tell who has asked, a little at a time: Redis drops who does not read fast enough."""
         while True:
-            replica, piece = await self._asked.get(), list[bytes]()
-            for word in self._circle.knowledge():
+            (replica, wanted), piece = await self._asked.get(), list[bytes]()
+            for word in self._circle.knowledge(wanted):
                 piece.append(words.encode(word))
                 if len(piece) >= _AT_ONCE:
                     await self._send(self._own_channel(replica), piece)
@@ -158,7 +168,7 @@ class RedisBus:
             await self._send(self._own_channel(replica), [*piece, words.encode(words.Handed())])
 
     async def _ask(self, replica: str) -> None:
-        await self._send(self._own_channel(replica), [words.encode(words.Wanted())])
+        await self._send(self._own_channel(replica), [words.encode(words.Wanted(lessons=True))])
 
     # --- listening ---
 
@@ -191,8 +201,8 @@ class RedisBus:
                 if to_all:
                     await self._send(self._own_channel(replica), self._introduction())
         self._circle.hear(replica, said)
-        if any(isinstance(word, words.Wanted) for word in said):
-            self._asked.put_nowait(replica)
+        for wanted in [word for word in said if isinstance(word, words.Wanted)][:1]:
+            self._asked.put_nowait((replica, wanted))
         if self._circle.wants(replica):
             await self._ask(replica)
 

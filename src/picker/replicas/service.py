@@ -14,6 +14,7 @@ from picker.config import ReplicasConfig
 from picker.errors import ConfigError
 from picker.replicas.circle import Circle
 from picker.replicas.direct import Address, Direct
+from picker.replicas.relay import Owner, Relay
 from picker.replicas.seal import LEAST, derive
 from picker.runtime import Runtime
 
@@ -50,6 +51,12 @@ class Replicas:
         name = self._config.name or os.environ.get("POD_NAME") or socket.gethostname()
         self.circle = Circle(runtime, name=name, block_bytes=block_bytes, ready=ready)
         return self.circle
+
+    def relay_for(self, owner: Owner) -> Relay:
+        """Where access-log entries go that are not of the owner's requests; from where it gets those that are."""
+        assert self.circle is not None
+        self.circle.relay.serve(owner)
+        return self.circle.relay
 
     async def run(self, rng: random.Random) -> None:
         """Serve the bus until cancelled."""

@@ -36,12 +36,17 @@ class Word(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Greeting(Word, frozen=True, tag=30):
-    """Who speaks. name: for people. block_bytes: of its prefix hashes. held: blocks that its index knows of."""
+    """Who speaks. name: for people. block_bytes: of its prefix hashes. held: blocks that its index knows of.
+
+    marks: by which requests of its own are known in access logs, "" where it has none. logs: see `Alive`.
+    """
 
     version: int
     name: str
     block_bytes: int
     held: int = 0
+    marks: str = ""
+    logs: int = 0
 
 
 class Routed(Word, frozen=True, tag=31):
@@ -104,13 +109,18 @@ class Standing(Word, frozen=True, tag=32):
 
 
 class Alive(Word, frozen=True, tag=33):
-    """A sign of life."""
+    """A sign of life. logs: access logs that are open at the speaker. at: its clock. echoes: see `lateness`."""
 
     held: int = 0
+    logs: int = 0
+    at: float | None = None
+    echoes: dict[str, tuple[float, float]] = {}
 
 
 class Wanted(Word, frozen=True, tag=34):
-    """The speaker wants to be told what is cached where."""
+    """The speaker wants to be told what is cached where. lessons: and what was learned, which it understands."""
+
+    lessons: bool = False
 
 
 class Node(Word, frozen=True, tag=35):
@@ -128,11 +138,53 @@ class Held(Word, frozen=True, tag=36):
     number: int
 
 
+class Taught(Word, frozen=True, tag=43):
+    """What was learned; see `types.Lessons`. Said only to who has asked for it.
+
+    prefill, decode: samples of each size: little-endian, eight bytes a number. endpoints: name, then the numbers in the
+    order of `types.EndpointLessons`.
+    """
+
+    prefill: dict[int, bytes]
+    decode: dict[int, bytes]
+    ratios: dict[str, tuple[float, float]]
+    rates: dict[str, tuple[float, float]]
+    endpoints: list[tuple[str, float, float, float, float, float, float, float, float]]
+
+
 class Handed(Word, frozen=True, tag=37):
     """That was all that was wanted."""
 
 
-FromReplica = Greeting | Routed | Standing | Alive | Wanted | Node | Held | Handed | Began | Token | Ended | Broke
+class Logged(Word, frozen=True, tag=42):
+    """An access log tells of a request of whoever is told; see `wire.als.Ended`. Said only to those with marks."""
+
+    mark: str | None
+    request_id: str
+    status: int
+    upstream: str | None
+    failure: FailureReason | None
+    first_byte: float | None
+    duration: float | None
+    attempts: int | None
+
+
+FromReplica = (
+    Greeting
+    | Routed
+    | Standing
+    | Alive
+    | Wanted
+    | Node
+    | Held
+    | Taught
+    | Handed
+    | Began
+    | Token
+    | Ended
+    | Broke
+    | Logged
+)
 
 _encoder = msgspec.msgpack.Encoder()
 encode: Callable[[Word], bytes] = _encoder.encode

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from picker.sim.engine import Engine, EngineRequest, FinishedRequest, StepResult
@@ -557,7 +558,7 @@ class Cluster:
         if record.first_token_at < math.inf or record.attempts >= self._max_attempts:
             self._lose(number)
         else:
-            self._submit(replace(request, exclude=request.exclude | {pod.name}))
+            self._submit(msgspec.structs.replace(request, exclude=request.exclude | {pod.name}))
 
     def _lose(self, number: int) -> None:
         """A failed turn ends its session."""
@@ -617,7 +618,7 @@ class Cluster:
         pod.left_behind = number
         del pod.requests[number]
         self._outcomes[again], self._arrivals[again] = self._outcomes.pop(number), self._arrivals.pop(number)
-        self._submit(replace(request, id=again, exclude=request.exclude | {pod.name}))
+        self._submit(msgspec.structs.replace(request, id=again, exclude=request.exclude | {pod.name}))
 
     def _forget_left_behind(self, pod: _Pod, reason: FailureReason) -> None:
         number, pod.left_behind = pod.left_behind, None

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 
 from picker.sim.cluster import Arrival, Outcome, Router
@@ -139,7 +140,7 @@ class Crossroads:
         if forced is not None:
             self._numbers = frozenset()
             others = frozenset(name for name in self.endpoints if name != forced)
-            return self._policy.submit(replace(request, exclude=request.exclude | others), now)
+            return self._policy.submit(msgspec.structs.replace(request, exclude=request.exclude | others), now)
         outcome = self._policy.submit(request, now)
         if isinstance(outcome, Queued):
             raise ValueError("regret is of decisions made at once, and this policy lets requests wait")

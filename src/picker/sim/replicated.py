@@ -15,8 +15,8 @@ from functools import partial
 from picker.core.charges import Charge
 from picker.core.scheduler import Scheduler
 from picker.replicas import words
-from picker.replicas.guests import Guests
-from picker.replicas.handover import Receiver, offer
+from picker.replicas.guests import LATE, Guests
+from picker.replicas.handover import Receiver, lessons_of, offer, taught
 from picker.sim.cluster import Router
 from picker.types import (
     Decision,
@@ -38,6 +38,7 @@ LEASE_S = 2.0  # after so much silence the requests of a replica are taken as en
 class Replicated(Router):
     """A `Router` of several. delay: seconds until the others know; inf: never. choose: the replica of a request.
 
+    lessons: whether a new one is told what the others have learned, beside what is cached where.
     None in `schedulers` is one that is dead.
     """
 
@@ -47,10 +48,12 @@ class Replicated(Router):
         *,
         delay: float,
         choose: Callable[[Request], int],
+        lessons: bool = True,
     ) -> None:
         self.schedulers: list[Scheduler | None] = list(schedulers)
         self._delay = delay
         self._choose = choose
+        self._lessons = lessons
         self._guests = [Guests() for _ in schedulers]
         self._owners: dict[int, int] = {}
         self._mail: list[tuple[float, int, Callable[[float], None]]] = []
@@ -130,7 +133,8 @@ class Replicated(Router):
     def _hand_over(self, source: int, target: int, now: float) -> None:
         of, receiver = self._scheduler(source), Receiver()
         told_words = list(offer(of.index, lambda row: of.pool.endpoint(row).name))
-        facts = [fact for word in told_words if (fact := receiver.take(word)) is not None]
+        facts: list[Fact] = [lessons_of(taught(of.lessons(now)))] if self._lessons else []
+        facts += [fact for word in told_words if (fact := receiver.take(word)) is not None]
         self._post(now + self._delay, target, partial(self._learn, target, facts))
 
     # --- mail ---
@@ -166,7 +170,8 @@ class Replicated(Router):
     def _hear(self, index: int, speaker: int, word: words.FromReplica, at: float) -> None:
         # Through bytes, as on the wire.
         for heard in words.unbatch(words.batch([words.encode(word)])):
-            self._learn(index, self._guests[index].facts(str(speaker), heard), at)  # type: ignore[arg-type]
+            facts = self._guests[index].facts(str(speaker), heard, late=self._delay > LATE)  # type: ignore[arg-type]
+            self._learn(index, facts, at)
 
     def _learn(self, index: int, facts: Sequence[Fact], at: float) -> None:
         scheduler = self._scheduler(index)

@@ -7,18 +7,20 @@ from typing import Self
 
 import aiohttp
 
-from picker.sources.scrape import KEEP_ALIVE, MAX_BODY_BYTES
+from picker.sources.scrape import KEEP_ALIVE, MAX_BODY_BYTES, Manners, plainly
 from picker.types import Endpoint, EndpointAdded, EndpointRemoved, Fact
 
 
 class EnginePost:
-    """Asks the endpoints that it was told of. Use as `async with`. timeout: seconds for a whole answer."""
+    """Asks the endpoints that it was told of. Use as `async with`. timeout: seconds for a whole answer.
 
-    def __init__(self, *, timeout: float = 2.0, api_key: str | None = None) -> None:
+    manners: how each is asked, its key and its certificate; may be set until the first question.
+    """
+
+    def __init__(self, *, timeout: float = 2.0, manners: Manners = plainly) -> None:
+        self.manners = manners
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._headers = {"User-Agent": "picker", "Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
         self._urls: dict[str, str] = {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -54,7 +56,8 @@ class EnginePost:
         if url is None or self._session is None:
             raise OSError("there is no such endpoint to ask")
         try:
-            async with self._session.post(url + path, data=body, allow_redirects=False) as response:
+            manner = self.manners(url).arguments(url)
+            async with self._session.post(url + path, data=body, allow_redirects=False, **manner) as response:
                 return response.status, await response.content.read(MAX_BODY_BYTES)
         except aiohttp.ClientError as error:
             raise OSError(type(error).__name__) from None

@@ -1,8 +1,9 @@
 """Endpoints from a YAML file that is watched: edit the file, and the pool follows without a restart.
 
-The file is a list under `endpoints:`, in picker's own words or in those of llm-d's file discovery. It is read strictly:
-what is not understood is an error with its place and a way to mend it. A bad edit never empties the pool: the last
-good state stays. Polls instead of using inotify, which sees neither NFS nor the symlink swap of a mounted ConfigMap.
+Beside what an endpoint is, an entry says how it is to be treated: its weight, and the key it is shown. The file is a
+list under `endpoints:`, in picker's own words or in those of llm-d's file discovery. It is read strictly: what is not
+understood is an error with its place and a way to mend it. A bad edit never empties the pool: the last good state
+stays. Polls instead of using inotify, which sees neither NFS nor the symlink swap of a mounted ConfigMap.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import asyncio
 import difflib
 import logging
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from picker.errors import ConfigError
+from picker.sources.roster import check_weight
 from picker.sources.static import SCHEMES, join_address, parse_endpoint, require_unique_names
 from picker.types import Endpoint, EndpointAdded, EndpointRemoved, Fact, Role
 
@@ -45,11 +48,32 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How an endpoint of the file is treated. weight: see `LivePolicy`. key: what it is shown, None for all others'.
+
+    key_file: where the key was read.
+    """
+
+    weight: float = 1.0
+    key: str | None = field(default=None, repr=False)
+    key_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the file says of one endpoint."""
+
+    endpoint: Endpoint
+    terms: Terms = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class _Key:
-    """What may stand at one key of an entry: a test, and the words for it."""
+    """What may stand at one key of an entry: a test, and the words for it. secret: its value is not repeated."""
 
     fits: Callable[[object], bool]
     words: str
+    secret: bool = False
 
 
 def _is_text(value: object) -> bool:
@@ -58,6 +82,10 @@ def _is_text(value: object) -> bool:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_texts(value: object) -> bool:
@@ -79,11 +107,20 @@ _KEYS = {
     "rank": _Key(_is_whole, "a whole number from 0 up"),
     "scheme": _TEXT,
     "labels": _Key(_is_text_map, "a mapping of text to text"),
+    "weight": _Key(_is_number, "a number"),
+    "api_key": _Key(_is_text, _TEXT.words, secret=True),
+    "api_key_file": _TEXT,
 }
+_VISIBLE = re.compile(r"[\x21-\x7e]+")  # of a header's value
 
 
 def load_endpoints(path: Path) -> tuple[Endpoint, ...]:
-    """Read and check the file; raises ConfigError, also when it cannot be read. Blocks."""
+    """The endpoints of the file; raises ConfigError, also when it cannot be read. Blocks."""
+    return tuple(entry.endpoint for entry in load_entries(path))
+
+
+def load_entries(path: Path) -> tuple[Entry, ...]:
+    """Read and check the file and those that it names; raises ConfigError, also when it cannot be read. Blocks."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
@@ -91,22 +128,27 @@ def load_endpoints(path: Path) -> tuple[Endpoint, ...]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     if len(text) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
-    return parse_endpoints(text, origin=str(path))
+    return parse_entries(text, origin=str(path))
 
 
 def parse_endpoints(text: bytes | str, *, origin: str) -> tuple[Endpoint, ...]:
     """The endpoints of a file's text, in its order; `origin` leads every message. Raises ConfigError."""
+    return tuple(entry.endpoint for entry in parse_entries(text, origin=origin))
+
+
+def parse_entries(text: bytes | str, *, origin: str) -> tuple[Entry, ...]:
+    """The same with their terms; reads the files of keys that are named."""
     try:
         document = _document(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: is not usable YAML: {_yaml_problem(error)}") from error
     entries = _entries(document, origin)
-    endpoints = tuple(_endpoint(entry, f"{origin}: endpoint {n}") for n, entry in enumerate(entries, start=1))
+    found = tuple(_entry(entry, f"{origin}: endpoint {n}") for n, entry in enumerate(entries, start=1))
     try:
-        require_unique_names(endpoints)
+        require_unique_names(entry.endpoint for entry in found)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
-    return endpoints
+    return found
 
 
 def _document(text: bytes | str) -> object:
@@ -153,7 +195,7 @@ def _entries(document: object, origin: str) -> list[object]:
     return entries
 
 
-def _endpoint(entry: object, place: str) -> Endpoint:
+def _entry(entry: object, place: str) -> Entry:
     if not isinstance(entry, dict):
         raise ConfigError(f"{place}: must be a mapping such as {{address: 10.0.0.1, port: 8000}}, not {_kind(entry)}")
     if _is_text(entry.get("name")):
@@ -161,9 +203,10 @@ def _endpoint(entry: object, place: str) -> Endpoint:
     _refuse_unknown(entry, _KEYS, place)
     for key, value in entry.items():
         if not _KEYS[key].fits(value):
-            raise ConfigError(f"{place}: {key!r} must be {_KEYS[key].words}, not {_kind(value)}")
+            but = "" if _KEYS[key].secret else f", not {_kind(value)}"
+            raise ConfigError(f"{place}: {key!r} must be {_KEYS[key].words}{but}")
     try:
-        return _built(entry)
+        return Entry(_built(entry), _terms(entry))
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
 
@@ -179,6 +222,31 @@ def _built(entry: Mapping[str, Any]) -> Endpoint:
         rank=entry.get("rank"),
         labels=labels,
     )
+
+
+def _terms(entry: Mapping[str, Any]) -> Terms:
+    weight, key, file = float(entry.get("weight", 1.0)), entry.get("api_key"), entry.get("api_key_file")
+    check_weight(weight)
+    if file is not None:
+        if key is not None:
+            raise ConfigError("the key is given twice, in 'api_key' and in 'api_key_file'")
+        return Terms(weight, read_key(Path(file)), Path(file))
+    if key is not None and not _VISIBLE.fullmatch(key):
+        raise ConfigError("'api_key' has characters that no header can have")
+    return Terms(weight, key)
+
+
+def read_key(path: Path) -> str:
+    """The one key in a file, without what is blank around it; raises ConfigError that never shows it. Blocks."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"the file of a key, {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the file of a key, {path}: is not UTF-8 text") from None
+    if not _VISIBLE.fullmatch(key):
+        raise ConfigError(f"the file of a key, {path}: is empty, or has characters that no header can have")
+    return key
 
 
 def _located(entry: Mapping[str, Any]) -> Endpoint:
@@ -238,30 +306,38 @@ def _kind(value: object) -> str:
 
 # --- watching ----------------------------------------------------------------------------------------------
 
-_Signature = tuple[int, int, int]
+_Signature = tuple[tuple[int, int, int] | None, ...]  # of the file, and of those that it names
 
 
 class FileSource:
     """Follows a file of endpoints by looking at its time, size and inode every `interval` seconds.
 
-    A file that breaks or vanishes leaves the last good endpoints in place and is reported once.
+    A file that breaks or vanishes leaves the last good endpoints in place and is reported once. path: None for no
+    file, and so no endpoints, until there is one. terms: told how all are treated, before who is new is emitted.
     """
 
     provides = ("endpoints",)
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         interval: float = 1.0,
         *,
+        terms: Callable[[Mapping[str, Terms]], None] = lambda terms: None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        self._path = Path(path)
+        self._path = None if path is None else Path(path)
         self._interval = interval
+        self._tell = terms
         self._sleep = sleep
         self._signature: _Signature | None = None
+        self._named: tuple[Path, ...] = ()
         self._known: dict[str, Endpoint] = {}
         self._complaint: str | None = None
+
+    def move(self, path: Path | None) -> None:
+        """Follow another file from the next look on, or none."""
+        self._path, self._signature, self._named = path, None, ()
 
     async def run(self, emit: Callable[[Fact], None]) -> None:
         """Emit the file's endpoints, then every change, until cancelled. Raises ConfigError if the first look fails."""
@@ -276,28 +352,37 @@ class FileSource:
                 self._recover()
                 self._adopt(endpoints, emit)
 
-    def _look(self) -> tuple[Endpoint, ...] | None:
-        """The endpoints if the file is not the one last read, else None. Runs in a thread: file systems can hang."""
-        before = self._stat()
-        if before == self._signature:
+    def _look(self) -> tuple[Entry, ...] | None:
+        """The entries if the files are not those last read, else None. Runs in a thread: file systems can hang."""
+        path = self._path
+        if path is None:
+            return () if self._known else None
+        before = self._stat(path)
+        if (before, *map(_state, self._named)) == self._signature:
             return None
-        endpoints = load_endpoints(self._path)
-        if self._stat() != before:  # caught in the middle of a write: a part may be valid YAML with endpoints missing
-            return None if self._known else endpoints
-        self._signature = before  # only of what was read in full: a broken file is looked at again each time
-        return endpoints
+        entries = load_entries(path)
+        named = tuple(entry.terms.key_file for entry in entries if entry.terms.key_file is not None)
+        if self._stat(path) != before:  # caught in the middle of a write: what is there may be valid YAML and a part
+            return None if self._known else entries
+        if path == self._path:  # else another one has been named meanwhile
+            self._named = named
+            # Only of what was read in full: a broken file is looked at again each time.
+            self._signature = (before, *map(_state, named))
+        return entries
 
-    def _stat(self) -> _Signature:
+    def _stat(self, path: Path) -> tuple[int, int, int]:
         try:
-            status = os.stat(self._path)
+            return _identity(os.stat(path))
         except OSError as error:
-            raise ConfigError(f"{self._path}: cannot be read: {error.strerror}") from error
-        return status.st_mtime_ns, status.st_size, status.st_ino
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
-    def _adopt(self, endpoints: tuple[Endpoint, ...] | None, emit: Callable[[Fact], None]) -> None:
-        if endpoints is None:
+    def _adopt(self, entries: tuple[Entry, ...] | None, emit: Callable[[Fact], None]) -> None:
+        if entries is None:
             return
-        before, self._known = self._known, {endpoint.name: endpoint for endpoint in endpoints}
+        self._tell({entry.endpoint.name: entry.terms for entry in entries})
+        before, self._known = self._known, {entry.endpoint.name: entry.endpoint for entry in entries}
+        if not entries and self._path is not None:
+            log.warning("%s lists no endpoints; it is looked at again and again", self._path)
         # Added first: a file whose every endpoint is replaced must not leave the pool empty in between.
         for name, endpoint in self._known.items():
             if before.get(name) != endpoint:
@@ -315,3 +400,15 @@ class FileSource:
         if self._complaint is not None:
             log.info("%s is good again", self._path)
         self._complaint = None
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file; None where there is none to see."""
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 from yarl import URL
@@ -73,41 +73,79 @@ class FetchResult:
 Fetch = Callable[[str], Awaitable[FetchResult]]
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How an endpoint is asked. key: sent as a bearer token (vLLM wants it for /v1/models, not for /metrics).
+
+    tls: False to accept any certificate, as pods' self-signed ones. server_name: that the certificate must bear, where
+    it is not the address's.
+    """
+
+    key: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | bool = True
+    server_name: str | None = None
+
+    def arguments(self, root: str) -> dict[str, Any]:
+        """What a request of aiohttp's to this root ("https://host:port") is to be given."""
+        given: dict[str, Any] = {}
+        if self.key is not None:
+            given["headers"] = {"Authorization": f"Bearer {self.key}"}
+        if root.startswith("https:"):
+            given |= {"ssl": self.tls, "server_hostname": self.server_name}
+        return given
+
+
+Manners = Callable[[str], Manner]
+"""By the root of an endpoint's URL; asked with every request, so that what changes is in force with the next."""
+
+
+def plainly(root: str) -> Manner:
+    """The manner where nothing is set: no key, and certificates verified as the system does."""
+    return _PLAIN
+
+
+_PLAIN = Manner()
+
+
+def root_of(endpoint: Endpoint) -> str:
+    """Of its URLs, without a slash at the end."""
+    return f"{endpoint.scheme}://{endpoint.address}"
+
+
 class AiohttpFetch:
     """GET over kept-alive connections, with a time limit for the whole answer and a bound on its size.
 
     Use as `async with AiohttpFetch(...) as fetch`. timeout: seconds; it may exceed the scrape interval, as scrapes of
-    one server never overlap. api_key: sent as a bearer token (vLLM wants it for /v1/models, not for /metrics).
-    tls: False to accept any certificate, as pods' self-signed ones.
+    one server never overlap, and be changed. manners: how each endpoint is asked.
     """
 
     def __init__(
         self,
         *,
         timeout: float = 1.0,
-        api_key: str | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        tls: ssl.SSLContext | bool = True,
+        manners: Manners = plainly,
     ) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self.set_timeout(timeout)
         self._max_body_bytes = max_body_bytes
-        self._tls = tls
+        self._manners = manners
         # No compression: deflating 60 kB costs the engine's API process more than sending them.
         self._headers = {
             "User-Agent": "picker",
             "Accept": "text/plain;version=0.0.4, application/json",
             "Accept-Encoding": "identity",
         }
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+
+    def set_timeout(self, seconds: float) -> None:
+        """For fetches from here on."""
+        self._timeout = aiohttp.ClientTimeout(total=seconds)
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=self._tls, keepalive_timeout=KEEP_ALIVE),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
-            timeout=self._timeout,
             read_bufsize=self._max_body_bytes,  # a page arrives without pausing the transport
         )
         return self
@@ -123,7 +161,10 @@ class AiohttpFetch:
         if self._session is None:
             raise RuntimeError("AiohttpFetch is used outside of its 'async with'")
         try:
-            async with self._session.get(_parsed(url), allow_redirects=False) as response:
+            root = _root(url)
+            given = self._manners(root).arguments(root)
+            get = self._session.get(_parsed(url), allow_redirects=False, timeout=self._timeout, **given)
+            async with get as response:
                 body = await self._body(response)
         except (aiohttp.ClientError, OSError) as error:  # OSError: TimeoutError is one
             return FetchResult(failure=_failure(error))
@@ -145,6 +186,11 @@ class AiohttpFetch:
             response.close()  # the rest stays unread, so the connection is spent
             return None
         return b"".join(chunks)
+
+
+def _root(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -245,7 +291,7 @@ class ScrapeSource:
         self._fetch = fetch
         self._clock = clock
         self._rng = rng
-        self._interval = interval
+        self.interval = interval
         self._unhealthy_after = unhealthy_after
         self._models_interval = models_interval
         self._busy = busy
@@ -266,9 +312,18 @@ class ScrapeSource:
             case _:
                 pass
 
+    def set_interval(self, seconds: float) -> None:
+        """Scrape at another pace, from a scrape of everybody at once on: nobody waits for the end of an old pause."""
+        self.interval = seconds
+        for server in self._servers.values():
+            if server.task is not None:
+                server.task.cancel()
+            server.scraped = False
+            self._start(server)
+
     def add(self, endpoint: Endpoint) -> None:
         """Scrape this endpoint from now on; one known by the name already moves to its new address or rank."""
-        url = f"{endpoint.scheme}://{endpoint.address}"
+        url = root_of(endpoint)
         server = self._server_of.get(endpoint.name)
         if server is not None and server.url == url:
             server.members[endpoint.name].rank = endpoint.rank
@@ -335,9 +390,9 @@ class ScrapeSource:
     def _pause(self, server: _Server) -> float:
         if not server.scraped:  # endpoints often come all at once: spread them evenly over the interval
             server.scraped = True
-            return self._rng.uniform(0.0, self._interval)
+            return self._rng.uniform(0.0, self.interval)
         doublings = min(max(0, server.failures - self._unhealthy_after), MAX_BACKOFF)
-        return self._interval * min(1 << doublings, MAX_BACKOFF) * self._rng.uniform(1 - JITTER, 1 + JITTER)
+        return self.interval * min(1 << doublings, MAX_BACKOFF) * self._rng.uniform(1 - JITTER, 1 + JITTER)
 
     async def _scrape(self, server: _Server) -> None:
         if self.health_path is not None:

@@ -16,6 +16,8 @@ from picker.types import Endpoint, EndpointAdded, Fact
 
 SCHEMES = ("http", "https")
 
+_LOCAL = {"localhost": {"127.0.0.1", "::1"}}
+_ANY = ("", "0.0.0.0", "::")
 _URL = re.compile(r"(?:(?P<scheme>[^/?#]*)://)?(?P<authority>[^/?#]*)(?P<rest>.*)", re.DOTALL)
 _CREDENTIALS = re.compile(r"[^/]*@")  # never shown
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
@@ -48,9 +50,8 @@ def parse_endpoint(text: str) -> Endpoint:
     if scheme not in SCHEMES:
         raise ConfigError(f"{shown} has the unknown scheme {scheme!r}; use http or https")
     if found["rest"] not in ("", "/"):
-        raise ConfigError(
-            f"{shown} goes on with {found['rest']!r}; give the server's root only, as in http://host:port"
-        )
+        root = f"{scheme}://{_CREDENTIALS.sub('', found['authority'])}"
+        raise ConfigError(f"{shown} goes on with {found['rest']!r}; give the server's root only: {root}")
     try:
         address = parse_address(found["authority"])
     except ConfigError as error:
@@ -62,6 +63,8 @@ def parse_address(text: str) -> str:
     """Check "host:port" and return its one spelling: host in lower case, IPv6 compressed and in brackets."""
     if "@" in text:
         raise ConfigError("credentials before the host are not supported; use the API key setting")
+    if text and ":" not in text:
+        raise ConfigError(f"the port is missing; write {text}:8000, or whatever it is")
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not port or (text.startswith("[") and not bracketed):
@@ -86,12 +89,32 @@ def parse_port(port: str | int) -> int:
     return int(text)
 
 
+def leads_to(endpoint: Endpoint, host: str, port: int) -> bool:
+    """Whether an endpoint is, by its address alone, whoever listens on this host ("" or a wildcard: on all) and port.
+
+    A name that only DNS knows is never taken for it.
+    """
+    name, _, number = endpoint.address.rpartition(":")
+    if int(number) != port:
+        return False
+    theirs, ours = (_LOCAL.get(each.lower(), {each.strip("[]").lower()}) for each in (name, host))
+    return bool(theirs & ours) or (host in _ANY and any(map(_is_loopback, theirs)))
+
+
+def _is_loopback(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
 def require_unique_names(endpoints: Iterable[Endpoint]) -> None:
     """Raise ConfigError if a name comes twice: a name is an endpoint's identity."""
     counts = Counter(endpoint.name for endpoint in endpoints)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConfigError(
-            f"endpoint {twice[0]!r} is listed {counts[twice[0]]} times; every endpoint needs its own name"
+            f"endpoint {twice[0]!r} is listed {counts[twice[0]]} times; "
+            "list it once, or give each a name of its own (data-parallel ranks have one by their rank)"
         )
 
 

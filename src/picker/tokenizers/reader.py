@@ -141,6 +141,8 @@ class Reader:
                 assert self._prompts is not None
                 prompt = self._prompts.read(call)
             return self._reading(call, prompt)
+        except UnicodeError:
+            return Unreadable("text that is not UTF-8")
         except Exception as fault:
             return fault
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
+# White space as Unicode has it (its property White_Space), and as special tokens eat it. Python's `strip` takes four
+# separators more, from U+001C to U+001F.
+_BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -165,11 +168,11 @@ class _AddedTokens:
             if start < at:
                 continue
             before = text[at:start]
-            yield at, False, before.rstrip() if token.get("lstrip") else before
+            yield at, False, before.rstrip(_BLANKS) if token.get("lstrip") else before
             yield start, True, match.group()
             at = end
             if token.get("rstrip"):
-                at += len(text) - end - len(text[end:].lstrip())
+                at += len(text) - end - len(text[end:].lstrip(_BLANKS))
         yield at, False, text[at:]
 
     def samples(self) -> Iterator[str]:

@@ -175,6 +175,9 @@ def picked(pick_id: str, forward: Forward, explain: int) -> bytes:
         _fill(message.fallbacks.add(), each)
     for name, value in forward.set_headers:
         message.set_headers[name] = value
+    if (edit := forward.edit) is not None:
+        message.rewrite.model, message.rewrite.data = edit.model, edit.data
+        message.rewrite.begin, message.rewrite.end = edit.begin, edit.end
     for candidate in _why(decision, explain):
         line = message.candidates.add(endpoint=candidate.endpoint, total=candidate.total)
         parts = line.parts

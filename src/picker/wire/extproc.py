@@ -32,6 +32,7 @@ from picker.exchange import (
     ResponseBody,
     ResponseHead,
 )
+from picker.types import Decision
 from picker.wire.addresses import plain_address
 
 ProcessingRequest: TypeAlias = external_processor_pb2.ProcessingRequest
@@ -183,33 +184,42 @@ class Codec:
                 return [*replies, _response_trailers()] if end and self._response_trailers else replies
             case Forward():
                 return [self._verdict(action), *self._request_body(action)]
-            case PassHead(set_headers):
+            case PassHead(set_headers, _, resized):
                 response = ProcessingResponse.FromString(_PASS)
-                _set_headers(response.response_headers.response.header_mutation, set_headers)
+                mutation = response.response_headers.response.header_mutation
+                _set_headers(mutation, set_headers)
+                if resized:
+                    mutation.remove_headers.append("content-length")
                 return [response]
             case Respond():
                 return [_immediate(action)]
             case _:
                 raise ValueError(f"{type(action).__name__} has no counterpart in ext-proc")
 
-    def _verdict(self, action: Forward) -> ProcessingResponse:
-        decision = action.decision
+    def destination(self, decision: Decision) -> str:
+        """Where a request is to go, as the data plane is told: "ip:port", between commas where there are several."""
         destination = decision.endpoint.address
         if self._fallbacks and decision.fallbacks:
             # Ranks of one engine share its address, and whoever cannot reach it once cannot reach it twice.
             addresses = (destination, *(endpoint.address for endpoint in decision.fallbacks))
-            destination = ",".join(dict.fromkeys(self._addresses.get(each, each) for each in addresses))
-        elif self._addresses:
-            destination = self._addresses.get(destination, destination)
+            return ",".join(dict.fromkeys(self._addresses.get(each, each) for each in addresses))
+        return self._addresses.get(destination, destination)
+
+    def _verdict(self, action: Forward) -> ProcessingResponse:
+        destination = self.destination(action.decision)
         headers: Headers = ((DESTINATION, destination), *action.set_headers)
         if self._mark is not None:
             headers = (*headers, (REQUEST_HEADER, self._mark))
         kept = self._whole and not action.bodyless
-        if action.body and not kept:
-            # Full-duplex mode drops the client's. Envoy drops ours too and sends the body in chunks; others do not.
+        changed = kept and action.edit is not None
+        if changed or (action.body and not kept):
+            # Full-duplex mode drops the client's. Envoy drops ours too and sends the body in chunks; others do not. Of
+            # a body that it keeps, Envoy takes no other with the old one's length.
             headers = (*headers, ("content-length", str(len(action.body))))
         response = ProcessingResponse.FromString(_FORWARD_KEPT if kept else _FORWARD)
         answered = response.request_body if kept else response.request_headers
+        if changed:
+            response.request_body.response.body_mutation.body = action.body
         _set_headers(answered.response.header_mutation, headers)
         verdict = response.dynamic_metadata.fields[LOAD_BALANCING].struct_value
         verdict.fields[DESTINATION].string_value = destination

@@ -32,6 +32,7 @@ _OUR_MAX_FRAME = 16_384
 
 _HEAD = struct.Struct(">BHBBI")  # length in 8 + 16 bits, type, flags, stream
 _MESSAGE = struct.Struct(">BHBBIBI")  # the same, then gRPC's prefix: compressed, length
+_RESET = struct.Struct(">BHBBII")
 _PREFIX = struct.Struct(">BI")
 _SETTING = struct.Struct(">HI")
 
@@ -39,6 +40,7 @@ _SETTING = struct.Struct(">HI")
 _RESPONSE_HEADERS = b"\x88\x0f\x10\x10application/grpc"
 _STATUS_NAME = b"\x00\x0bgrpc-status"
 _MESSAGE_NAME = b"\x00\x0cgrpc-message"
+_STATUS_OK = _STATUS_NAME + b"\x010"
 _RESOURCE_EXHAUSTED, _UNIMPLEMENTED = 8, 12
 
 
@@ -86,18 +88,23 @@ Event = Opened | Message | HalfClosed | Reset | Drained
 class _Stream:
     """One call. Windows count bytes: send_window what the peer still takes, uncredited what we have not given back.
 
-    parts, wanted: of a message that is not complete. unread: bytes of complete messages that nobody has taken.
+    parts: of a message that is not complete; missing: bytes that it wants yet, 0 while its length is not known. unread:
+    bytes of complete messages that nobody has taken.
     pending: DATA that waits for a window. trailers: the header block to end with once that is gone.
     """
 
-    __slots__ = ("half_closed", "id", "opened", "parts", "pending", "send_window", "trailers", "uncredited", "unread")
+    __slots__ = (
+        *("half_closed", "id", "missing", "opened", "parts", "pending", "send_window", "trailers", "uncredited"),
+        "unread",
+    )
 
     def __init__(self, stream_id: int, send_window: int) -> None:
         self.id = stream_id
         self.send_window = send_window
         self.opened = False
         self.half_closed = False
-        self.parts = bytearray()
+        self.parts: list[bytes] = []
+        self.missing = 0
         self.unread = 0
         self.uncredited = 0
         self.pending: deque[bytes] = deque()
@@ -191,7 +198,8 @@ class Connection:
         if self._block is not None and kind != CONTINUATION:
             raise Http2Error(PROTOCOL_ERROR, "a header block is not complete")
         if kind == DATA:
-            self._on_data(flags, stream_id, payload, events)
+            if flags or not self._amid_message(stream_id, payload):
+                self._on_data(flags, stream_id, payload, events)
         elif kind == HEADERS:
             self._on_headers(flags, stream_id, payload, events)
         elif kind == WINDOW_UPDATE:
@@ -207,6 +215,26 @@ class Connection:
         elif kind == PUSH_PROMISE:
             raise Http2Error(PROTOCOL_ERROR, "a client promised a push")
         # PRIORITY is advice; GOAWAY says that no new calls come, which needs no answer; others are extensions.
+
+    def _amid_message(self, stream_id: int, payload: bytes) -> bool:
+        """Keep a frame that is known to hold nothing but the next bytes of a message, and not its last; else False.
+
+        That is what bodies of hundreds of kilobytes are made of, 16 of them a frame.
+        """
+        stream = self._streams.get(stream_id)
+        size = len(payload)
+        if stream is None or size >= stream.missing or stream.uncredited + size > self._window:
+            return False
+        if size:
+            stream.parts.append(payload)
+        stream.missing -= size
+        stream.uncredited += size
+        if (self._uncredited + size) * 2 > _MAX_WINDOW or stream.uncredited * 2 > self._window:
+            self._credit_connection(size)
+            self._credit(stream)
+        else:
+            self._uncredited += size
+        return True
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes, events: list[Event]) -> None:
         self._credit_connection(len(payload))
@@ -229,10 +257,11 @@ class Connection:
 
     def _messages(self, stream: _Stream, payload: bytes, events: list[Event]) -> None:
         """Cut whole gRPC messages out of a stream's bytes; keep the rest."""
-        buffer: bytes | bytearray = payload
+        buffer = payload
         if stream.parts:
-            stream.parts += payload
-            buffer = stream.parts
+            buffer = b"".join((*stream.parts, payload))
+            stream.parts.clear()
+        stream.missing = 0
         at, size = 0, len(buffer)
         while size - at >= 5:
             compressed, length = _PREFIX.unpack_from(buffer, at)
@@ -240,16 +269,13 @@ class Connection:
                 self._refuse(stream, _UNIMPLEMENTED if compressed else _RESOURCE_EXHAUSTED, events)
                 return
             if size - at - 5 < length:
+                stream.missing = length - (size - at - 5)
                 break
-            with memoryview(buffer) as view:  # a slice of a bytearray would be copied twice
-                events.append(Message(stream.id, bytes(view[at + 5 : at + 5 + length])))
+            events.append(Message(stream.id, buffer[at + 5 : at + 5 + length]))
             stream.unread += length + 5
             at += 5 + length
-        # What is kept is not copied: a message of hundreds of kilobytes comes in frames of 16.
-        if stream.parts:
-            del stream.parts[:at]
-        elif at < size:
-            stream.parts = bytearray(buffer[at:])
+        if at < size:
+            stream.parts.append(buffer[at:])
 
     def _refuse(self, stream: _Stream, code: int, events: list[Event]) -> None:
         self.end(stream.id, code, "the message is compressed or too long")
@@ -419,6 +445,25 @@ class Connection:
         stream.pending.append(_PREFIX.pack(0, size) + message)
         self._flow(stream)
         return not stream.pending
+
+    def answer(self, stream_id: int, message: bytes) -> None:
+        """The only message of a call, and its good end. The same as `send` and `end`, for one that fits its windows."""
+        stream = self._streams.get(stream_id)
+        size = len(message) + 5
+        if stream is None or stream.opened or size > min(stream.send_window, self._send_window, self._max_frame):
+            self.send(stream_id, message)
+            self.end(stream_id)
+            return
+        self._send_window -= size
+        del self._streams[stream_id]
+        length = len(_RESPONSE_HEADERS)
+        self._out += (
+            _HEAD.pack(0, length, HEADERS, END_HEADERS, stream_id) + _RESPONSE_HEADERS,
+            _MESSAGE.pack(size >> 16, size & 0xFFFF, DATA, 0, stream_id, 0, size - 5) + message,
+            _HEAD.pack(0, len(_STATUS_OK), HEADERS, END_HEADERS | END_STREAM, stream_id) + _STATUS_OK,
+        )
+        if not stream.half_closed:  # as in `_flow`
+            self._out.append(_RESET.pack(0, 4, RST_STREAM, 0, stream_id, NO_ERROR))
 
     def end(self, stream_id: int, code: int = 0, message: str = "") -> None:
         """End a call with a gRPC status, after all that was sent on it; does nothing when it is over.

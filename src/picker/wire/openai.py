@@ -7,6 +7,7 @@ vLLM's shape and without quoting the body. Paths that are not chat or completion
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,6 +117,7 @@ _REPEATABLE = (
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
+@functools.lru_cache(maxsize=256)
 def repeatable(method: str, path: str) -> bool:
     """Whether a request that may have been carried out may be sent to another engine all the same.
 

@@ -8,6 +8,7 @@ client's. Compressed bodies are opaque here. No IO, no clock.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import msgspec
@@ -199,7 +200,8 @@ class StreamObserver:
             # Whole events are the rule; then neither slice copies.
             cut = len(data) if data.endswith(_GAP) else _end_of(data.rfind(_GAP))
             self._events(data[:cut])
-            self._hold(data[cut:])
+            if cut < len(data):
+                self._hold(data[cut:])
         if end:
             self._close()
 
@@ -397,12 +399,17 @@ Observer = StreamObserver | JsonObserver
 
 def observer_for(content_type: str, *, stream: bool) -> Observer:
     """The observer for a response. stream: what the request asked for; it decides where the type is not given."""
-    media = content_type.partition(";")[0].strip().lower()
+    media = _media(content_type)
     if media == "text/event-stream" or (not media and stream):
         return StreamObserver()
     if not media or media == "application/json" or media.endswith("+json"):
         return JsonObserver()
     return JsonObserver(max_bytes=0)
+
+
+@functools.lru_cache(maxsize=64)
+def _media(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 # --- reading -----------------------------------------------------------------------------------------------

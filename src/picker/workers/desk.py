@@ -20,6 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from picker.frontends.als import Feedback
+from picker.rewrites import Choice, Rewriting, Rule
 from picker.runtime import Runtime
 from picker.types import Decision, Failed, FailureReason, Outcome, Queued, Reading
 from picker.workers import frames
@@ -68,11 +69,23 @@ class Desk(Collector):
         self.feedback = feedback
         self.on_workers: Callable[[int], None] = lambda count: None
         self.accounts: dict[int, Account] = {}
+        self._serving = True
         self._visitors: set[_Visitor] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._given = 0
         self._none = asyncio.Event()
         self._none.set()
+        self.rewriting: Rewriting | None = None
+        self.rules: dict[str, frames.Rules] = {}  # by origin
+
+    def follow(self, rewriting: Rewriting) -> None:
+        """Have workers know the rules that are put there, and count there what comes of them."""
+        self.rewriting, rewriting.on_put = rewriting, self._rules_changed
+
+    def _rules_changed(self, origin: str, rules: Sequence[Rule]) -> None:
+        told = self.rules[origin] = frames.Rules(origin, list(rules))
+        for visitor in self._visitors:
+            visitor.link.send(told)
 
     @property
     def workers(self) -> int:
@@ -148,6 +161,21 @@ class Desk(Collector):
         return frames.Welcome(
             (number << ID_BITS) + 1, terms.secret, terms.block_bytes, sorted(terms.headers), mark, terms.reads
         )
+
+    def set_serving(self, serving: bool) -> None:
+        """Have workers say whether they are ready. Asked without being so, they are answered all the same.
+
+        Those who are so no more ask their gateways to connect anew.
+        """
+        if serving != self._serving:
+            self._serving = serving
+            for visitor in self._visitors:
+                visitor.link.send(frames.Serving(self.wants, part=not serving))
+
+    @property
+    def wants(self) -> bool:
+        """Whether new requests are wanted."""
+        return self._serving and not self.runtime.draining
 
     def changed(self) -> None:
         self.on_workers(self.workers)
@@ -226,8 +254,10 @@ class _Visitor:
         match message:
             case frames.Hello(index):
                 self.account = self._desk.accounts.setdefault(index, Account())
+                for told in self._desk.rules.values():
+                    self.link.send(told)
                 self.link.send(self._desk.welcome())
-                self.link.send(frames.Serving(not self._runtime.draining))
+                self.link.send(frames.Serving(self._desk.wants))
                 self._desk.changed()
             case frames.Trouble(where):
                 self._runtime.telemetry.internal_error(where)
@@ -241,6 +271,9 @@ class _Visitor:
     def _ask(self, ask: frames.Ask) -> None:
         assert self.account is not None
         self.account.requests += 1
+        if ask.rewritten is not None and self._desk.rewriting is not None:
+            asked, by = ask.rewritten
+            self._desk.rewriting.count(asked, Choice(ask.model or "", by))
         self._open[ask.id] = None
         if self._desk.terms.reads:
             self._later(ask.id, self._read_and_decide(ask))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
+from picker.rewrites import Rule
 from picker.types import (
     NO_BLOCKS,
     NO_HEADERS,
@@ -29,6 +30,7 @@ from picker.types import (
     RejectReason,
     Request,
     ResponseStarted,
+    Rewritten,
     Usage,
 )
 from picker.wire.als import Ended
@@ -56,7 +58,7 @@ class Hello(Word, frozen=True, tag=1):
 class Ask(Word, frozen=True, tag=2):
     """A request to be decided; see `types.Request`. hashes: little-endian, eight bytes a block.
 
-    kind, salt and body are of the call, for a decider that reads prompts.
+    kind, salt and body are of the call, for a decider that reads prompts. rewritten: see `types.Rewritten`.
     """
 
     id: int
@@ -75,6 +77,7 @@ class Ask(Word, frozen=True, tag=2):
     kind: str = ""
     salt: str | None = None
     body: bytes = b""
+    rewritten: tuple[str | None, str] | None = None
 
     def __repr__(self) -> str:
         return f"Ask(id={self.id})"
@@ -192,19 +195,27 @@ class Refused(Word, frozen=True, tag=23):
 
 
 class Serving(Word, frozen=True, tag=24):
-    """Whether new requests are wanted."""
+    """Whether new requests are wanted. part: gateways are to be asked to connect anew, and find somebody else."""
 
     serving: bool
+    part: bool = False
 
 
 class Settled(Word, frozen=True, tag=25):
     """Nothing is left of which the access log could tell."""
 
 
+class Rules(Word, frozen=True, tag=26):
+    """Which models requests get instead of those they name: all that an origin has now, see `rewrites.Rewriting`."""
+
+    origin: str
+    rules: list[Rule]
+
+
 FromWorker = (
     Hello | Ask | Started | Token | Done | Broke | HandedOn | Logged | LogOpened | LogLost | Trouble | Pulse
 )  # fmt: skip
-FromDecider = Welcome | Picked | Refused | Serving | Settled | Pulse
+FromDecider = Welcome | Picked | Refused | Serving | Settled | Pulse | Rules
 
 _encoder = msgspec.msgpack.Encoder()
 encode: Callable[[Word], bytes] = _encoder.encode
@@ -266,6 +277,7 @@ def ask(request: Request, call: Call | None) -> Ask:
         kind="" if call is None else call.kind.value,
         salt=None if call is None else call.salt,
         body=b"" if call is None else call.body,
+        rewritten=None if request.rewritten is None else (request.rewritten.asked, request.rewritten.by),
     )
 
 
@@ -291,6 +303,7 @@ def request_of(ask: Ask, now: float, deadline: float | None) -> Request:
         exclude=frozenset(ask.exclude),
         deadline=deadline,
         headers=ask.headers or NO_HEADERS,
+        rewritten=None if ask.rewritten is None else Rewritten(*ask.rewritten),
     )
 
 

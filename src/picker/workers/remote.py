@@ -42,13 +42,14 @@ class RemoteGate(Gate):
     """index: this worker's number. patience: seconds that requests wait for a decider that has gone.
 
     on_serving: told whether new requests are wanted: no to begin with, and when the decider does not come back in time.
-    streams: how many are open, for the pulse.
+    on_part: told that gateways are to go elsewhere. streams: how many are open, for the pulse.
     """
 
     def __init__(self, index: int, *, clock: Clock, limits: Limits, patience: float = PATIENCE) -> None:
         super().__init__(clock, limits)
         self.telemetry = self
         self.on_serving: Callable[[bool], None] = lambda serving: None
+        self.on_part: Callable[[], None] = lambda: None
         self.streams: Callable[[], int] = lambda: 0
         self.logs = 0
         self.settled = asyncio.Event()
@@ -183,8 +184,13 @@ class RemoteGate(Gate):
                         future.set_result(frames.outcome_of(message))
                 case frames.Welcome():
                     self._welcomed(message)
-                case frames.Serving(serving):
+                case frames.Serving(serving, part):
                     self.on_serving(serving)
+                    if part:
+                        self.on_part()
+                case frames.Rules(origin, rules):
+                    if self.limits.rewriting is not None:
+                        self.limits.rewriting.put(origin, rules)
                 case frames.Settled():
                     self.settled.set()
                 case frames.Pulse():

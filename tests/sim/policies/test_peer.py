@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -90,9 +90,9 @@ def test_only_endpoints_that_serve_the_model_are_picked() -> None:
     peer = router(First, 0)
     peer.apply(EndpointAdded(Endpoint("a", "a", frozenset({"llama"}))), 0.0)
     peer.apply(EndpointAdded(Endpoint("b", "b", frozenset({"qwen"}))), 0.0)
-    assert sent(peer, replace(request(1), model="qwen")) == "b"
+    assert sent(peer, msgspec.structs.replace(request(1), model="qwen")) == "b"
     peer.apply(EndpointAdded(Endpoint("a", "a", frozenset({"llama", "qwen"}))), 0.0)
-    assert sent(peer, replace(request(2), model="qwen")) == "a"
+    assert sent(peer, msgspec.structs.replace(request(2), model="qwen")) == "a"
 
 
 def test_nobody_left_is_a_rejection() -> None:

@@ -22,7 +22,7 @@ from picker.types import Fact
 
 
 class Catalogue:
-    """emit: where facts go. objectives: live priorities by name, with those given. rewrites: read, not applied."""
+    """emit: where facts go. objectives: live priorities by name, with those given. rewrites: live rules."""
 
     def __init__(self, scope: Scope, emit: Callable[[Fact], None], objectives: Mapping[str, int] | None = None) -> None:
         self.scope = scope
@@ -164,16 +164,10 @@ class Catalogue:
         problem = self.rewrites.put(group, rewrite)
         about = f"rewrite/{rewrite.metadata.name}"
         self.conditions.note(about, None if problem is None else f"{problem}: all of it is left out")
-        self._say_rewrites()
 
     def drop_rewrite(self, group: str, name: str) -> None:
         self.rewrites.drop(group, name)
         self.conditions.forget(f"rewrite/{name}")
-        self._say_rewrites()
-
-    def _say_rewrites(self) -> None:
-        problem = "they are read and checked, but requests keep the model that they name"
-        self.conditions.note("rewrites", problem if len(self.rewrites) else None)
 
     # --- what is wrong ---
 

@@ -30,13 +30,17 @@ _SHOWN = 300  # characters of what somebody else said
 class ApiError(Exception):
     """The API server, or the way to it, did not do what it was asked to. The message is for people.
 
-    status: of HTTP or of a Status object, None where nobody answered. retry_after: seconds it asked us to wait.
+    status: of HTTP or of a Status object, None where nobody answered. retry_after: seconds it asked us to wait. silent:
+    a watch stayed open and told nothing.
     """
 
-    def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int | None = None, retry_after: float | None = None, silent: bool = False
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+        self.silent = silent
 
     @property
     def expired(self) -> bool:
@@ -131,7 +135,7 @@ class Client:
                     raise refused(read_status(await response.read()), response.status, _retry_after(response))
                 yield response
         except aiohttp.SocketTimeoutError:  # between two bytes; on connecting it is another one
-            raise ApiError("the API server has gone silent") from None
+            raise ApiError("the API server has gone silent", silent=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ApiError(_words(error)) from None
 
@@ -196,7 +200,8 @@ def _words(error: Exception) -> str:
         case aiohttp.ClientSSLError() | ssl.SSLError():
             return "no TLS connection to the API server could be made"
         case aiohttp.ClientConnectorError():
-            return f"the API server cannot be reached: {error.os_error.strerror or error.os_error}"
+            why = error.os_error.strerror or str(error.os_error) or "it breaks connections off"
+            return f"the API server cannot be reached: {why}"
         case aiohttp.ClientError():
             return "the API server has broken the connection off"
         case _:

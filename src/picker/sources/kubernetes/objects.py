@@ -6,6 +6,7 @@ its own object unreadable and no other. Pure: bytes in, values out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,8 @@ POLICY_GROUPS = (LLMD_GROUP, OLD_POOL_GROUP)
 H2C = "kubernetes.io/h2c"
 
 _MAX_TARGET_PORTS = 8  # of InferencePool v1
+_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
+_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 
 
 class Part(msgspec.Struct, frozen=True, rename="camel"):
@@ -172,6 +175,9 @@ def _checked(pool: Pool) -> Pool:
     """What its schema demands; without a selector it would take every pod there is."""
     if not pool.selector:
         raise WireError("its selector has no matchLabels")
+    for key, value in pool.selector.items():  # the API server looks at values only, and the two make a query
+        if not (_LABEL_KEY.fullmatch(key) and _LABEL_VALUE.fullmatch(value)):
+            raise WireError(f"its selector's {key!r}: {value!r} is no label")
     if not pool.ports or len(pool.ports) > _MAX_TARGET_PORTS:
         raise WireError(f"it has {len(pool.ports)} target ports, and 1 to {_MAX_TARGET_PORTS} are allowed")
     if len(set(pool.ports)) < len(pool.ports) or not all(0 < port < 1 << 16 for port in pool.ports):

@@ -6,7 +6,8 @@ the last version seen (bookmarks keep that one young), and only one that the ser
 | what happens | what follows |
 |---|---|
 | the watch ends, as it does every few minutes | it goes on where it was, at once |
-| it breaks, or nothing comes for longer than bookmarks take | the same, after a pause; the second time it is told |
+| it breaks | the same, after a pause; the second time it is told |
+| nothing comes for longer than bookmarks take | the same, once the server has said that it has that version |
 | 410: the version is too old | a list from etcd, of which only the differences are told |
 | the server is away, refuses, or is overloaded | what is known stays; pauses grow, with jitter |
 | `resync` seconds have gone by | a list from the server's cache, for whatever was missed |
@@ -127,6 +128,7 @@ class Reflector(Generic[T]):
         self._unread: set[str] = set()
         self._version: str | None = None  # of the collection; None: list before watching
         self._forgotten = False  # by the server's cache: ask etcd
+        self._doubtful = False  # whether the server has the version
         self._listed_at = 0.0
         self._failures = 0
 
@@ -145,6 +147,8 @@ class Reflector(Generic[T]):
         try:
             if self._version is None or self._clock() - self._listed_at >= self._resync:
                 await self._list()
+            elif self._doubtful:
+                await self._check()
             proven = await self._watch()
         except ApiError as error:
             return self._after(error)
@@ -175,10 +179,19 @@ class Reflector(Generic[T]):
                 break
             query = self._query() | {"limit": str(PAGE_SIZE), "continue": page.metadata.continue_token}
         self._adopt(found)
-        self._version, self._forgotten = page.metadata.resource_version, False
+        self._version, self._forgotten, self._doubtful = page.metadata.resource_version, False, False
         self._listed_at = self._clock()
         self._hear(synced=True)
         self._follower.listed()
+
+    async def _check(self) -> None:
+        """A server that was set back, as by a restore, says nothing of versions that it has yet to reach, for days.
+
+        Mostly it is the way that was broken: then this costs one object, and no list.
+        """
+        newer = {"resourceVersion": self._version or "0", "resourceVersionMatch": "NotOlderThan"}
+        await self._page(self._query() | newer | {"limit": "1"})
+        self._doubtful = False
 
     async def _page(self, query: Mapping[str, str]) -> Page:
         try:
@@ -300,12 +313,14 @@ class Reflector(Generic[T]):
 
     def _after(self, error: ApiError) -> float:
         """Note what has gone wrong. Returns how long to wait."""
+        at_once = error.expired and not self._forgotten and self._clock() - self._listed_at >= _PROVEN
         if error.expired:
             self._version, self._forgotten = None, True
+        self._doubtful = self._doubtful or error.silent
         self._failures += 1
-        if error.expired and self._failures == 1:
+        if at_once:  # its way of saying: list again; after an outage it is the first thing that it says
             self._lose()
-            return 0.0  # its way of saying: list again
+            return 0.0
         if self._failures > 1:  # once may be a server that restarts
             self._note(error)
         self._lose()

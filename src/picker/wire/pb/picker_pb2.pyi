@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# sha256 of picker.proto: d5e35418a5206b38b07dbb98c7b60acf2bd634bb51df6b5b9260c9367d44ea5e
+# sha256 of picker.proto: 3dcbb3d93f7690859eb744c5ab9a1797c36babe245ee7f4991bf1d14a5219e61
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -120,7 +120,7 @@ class PickResponse(_message.Message):
     def __init__(self, picked: _Optional[_Union[Picked, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Picked(_message.Message):
-    __slots__ = ("id", "endpoint", "fallbacks", "set_headers", "matched_blocks", "total_blocks", "matched_tokens", "prompt_tokens", "waited_s", "candidates", "charged")
+    __slots__ = ("id", "endpoint", "fallbacks", "set_headers", "matched_blocks", "total_blocks", "matched_tokens", "prompt_tokens", "waited_s", "candidates", "charged", "rewrite")
     class SetHeadersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class Picked(_message.Message):
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CHARGED_FIELD_NUMBER: _ClassVar[int]
+    REWRITE_FIELD_NUMBER: _ClassVar[int]
     id: str
     endpoint: Endpoint
     fallbacks: _containers.RepeatedCompositeFieldContainer[Endpoint]
@@ -150,7 +151,20 @@ class Picked(_message.Message):
     waited_s: float
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     charged: bool
-    def __init__(self, id: _Optional[str] = ..., endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., fallbacks: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., set_headers: _Optional[_Mapping[str, str]] = ..., matched_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., matched_tokens: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., waited_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., charged: bool = ...) -> None: ...
+    rewrite: Rewrite
+    def __init__(self, id: _Optional[str] = ..., endpoint: _Optional[_Union[Endpoint, _Mapping]] = ..., fallbacks: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., set_headers: _Optional[_Mapping[str, str]] = ..., matched_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., matched_tokens: _Optional[float] = ..., prompt_tokens: _Optional[float] = ..., waited_s: _Optional[float] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., charged: bool = ..., rewrite: _Optional[_Union[Rewrite, _Mapping]] = ...) -> None: ...
+
+class Rewrite(_message.Message):
+    __slots__ = ("model", "begin", "end", "data")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    begin: int
+    end: int
+    data: bytes
+    def __init__(self, model: _Optional[str] = ..., begin: _Optional[int] = ..., end: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("name", "address", "scheme", "rank")
