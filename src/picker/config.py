@@ -7,8 +7,9 @@ One YAML file (`--config`), every part optional; flags win over the file. An unk
 from __future__ import annotations
 
 import difflib
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -581,14 +582,13 @@ def check(config: Config) -> None:
     _check_exact(config.exact)
     if config.index.block_bytes % 4:
         raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
-    if config.queue.max_inflight is not None and config.queue.max_inflight < 1:
-        raise ConfigError(f"queue.max_inflight: must be at least 1 or null, got {config.queue.max_inflight}")
+    for key in ("queue.max_inflight", "proxy.envoy_threads"):
+        if (value := operator.attrgetter(key)(config)) is not None and value < 1:
+            raise ConfigError(f"{key}: must be at least 1 or null, got {value}")
     if config.epp.mode not in EPP_MODES:
         raise ConfigError(f"epp.mode: {config.epp.mode!r} is not one of {', '.join(EPP_MODES)}")
     if config.proxy.data_plane not in DATA_PLANES:
         raise ConfigError(f"proxy.data_plane: {config.proxy.data_plane!r} is not one of {', '.join(DATA_PLANES)}")
-    if config.proxy.envoy_threads is not None and config.proxy.envoy_threads < 1:
-        raise ConfigError(f"proxy.envoy_threads: must be at least 1 or null, got {config.proxy.envoy_threads}")
     if config.epp.tls_min_version not in TLS_VERSIONS:
         known = ", ".join(TLS_VERSIONS)
         raise ConfigError(f"epp.tls_min_version: {config.epp.tls_min_version!r} is not one of {known}")
@@ -673,74 +673,43 @@ def _check_profiles(config: Config) -> None:
         raise ConfigError("profile_header: there are no profiles to name")
 
 
+# By their places in the file. Where null stands for no limit, it is one.
+_POSITIVE = (
+    *("index.block_bytes", "index.budget_bytes"),
+    *("exact.budget_ms", "exact.budget_bytes", "exact.snapshot_interval_s"),
+    *("kubernetes.resync_s", "kubernetes.silence_s", "scrape.interval_s", "scrape.timeout_s"),
+    *("limits.max_body_bytes", "limits.max_attempts", "queue.timeout_s"),
+    *("health.eject_after", "health.stall_s"),
+    *("connections.max_head_bytes", "connections.max_target_bytes", "connections.max_headers"),
+    *("connections.head_timeout_s", "connections.body_timeout_s", "connections.idle_timeout_s"),
+    *("connections.max_connections", "keys.max_concurrent", "keys.max_body_bytes"),
+    *("proxy.connect_timeout_s", "proxy.first_byte_timeout_s", "proxy.idle_timeout_s"),
+    *("epp.max_message_bytes", "epp.request_timeout_s", "epp.idle_timeout_s", "api.max_message_bytes"),
+)
+_NOT_NEGATIVE = (
+    *("drain_timeout_s", "queue.size", "queue.hold_s", "retry.ratio", "retry.floor"),
+    *("health.eject_s", "health.eject_max_s", "health.hang_factor", "health.hang_floor_s", "health.slow_start_s"),
+    *("proxy.drain_delay_s", "epp.drain_delay_s"),
+)
+_PORTS = ("proxy.port", "epp.grpc_port", "epp.grpc_health_port", "admin.port", "api.port", "replicas.port")
+
+
 def _check_numbers(config: Config) -> None:
-    positive = {
-        "index.block_bytes": config.index.block_bytes,
-        "index.budget_bytes": config.index.budget_bytes,
-        "exact.budget_ms": config.exact.budget_ms,
-        "exact.budget_bytes": config.exact.budget_bytes,
-        "exact.snapshot_interval_s": config.exact.snapshot_interval_s,
-        "kubernetes.resync_s": config.kubernetes.resync_s,
-        "kubernetes.silence_s": config.kubernetes.silence_s,
-        "scrape.interval_s": config.scrape.interval_s,
-        "scrape.timeout_s": config.scrape.timeout_s,
-        "limits.max_body_bytes": config.limits.max_body_bytes,
-        "limits.max_attempts": config.limits.max_attempts,
-        "queue.timeout_s": config.queue.timeout_s,
-        "health.eject_after": config.health.eject_after,
-        "health.stall_s": config.health.stall_s,
-        "connections.max_head_bytes": config.connections.max_head_bytes,
-        "connections.max_target_bytes": config.connections.max_target_bytes,
-        "connections.max_headers": config.connections.max_headers,
-        "connections.head_timeout_s": config.connections.head_timeout_s,
-        "connections.body_timeout_s": config.connections.body_timeout_s,
-        "connections.idle_timeout_s": config.connections.idle_timeout_s,
-        "connections.max_connections": _or_one(config.connections.max_connections),
-        "keys.max_concurrent": _or_one(config.keys.max_concurrent),
-        "keys.max_body_bytes": _or_one(config.keys.max_body_bytes),
-        "proxy.connect_timeout_s": config.proxy.connect_timeout_s,
-        "proxy.first_byte_timeout_s": config.proxy.first_byte_timeout_s,
-        "proxy.idle_timeout_s": config.proxy.idle_timeout_s,
-        "epp.max_message_bytes": config.epp.max_message_bytes,
-        "epp.request_timeout_s": config.epp.request_timeout_s,
-        "epp.idle_timeout_s": config.epp.idle_timeout_s,
-        "api.max_message_bytes": config.api.max_message_bytes,
-    }
-    for key, value in positive.items():
+    for key, value in _numbers(config, _POSITIVE):
         if not value > 0:
             raise ConfigError(f"{key}: must be greater than 0, got {value}")
-    not_negative = {
-        "drain_timeout_s": config.drain_timeout_s,
-        "queue.size": config.queue.size,
-        "queue.hold_s": config.queue.hold_s,
-        "health.eject_s": config.health.eject_s,
-        "health.eject_max_s": config.health.eject_max_s,
-        "health.hang_factor": config.health.hang_factor,
-        "health.hang_floor_s": config.health.hang_floor_s,
-        "health.slow_start_s": config.health.slow_start_s,
-        "retry.ratio": config.retry.ratio,
-        "retry.floor": config.retry.floor,
-        "proxy.drain_delay_s": config.proxy.drain_delay_s,
-        "epp.drain_delay_s": config.epp.drain_delay_s,
-    }
-    for key, value in not_negative.items():
+    for key, value in _numbers(config, _NOT_NEGATIVE):
         if not value >= 0:
             raise ConfigError(f"{key}: must not be negative, got {value}")
-    ports = {
-        "proxy.port": config.proxy.port,
-        "epp.grpc_port": config.epp.grpc_port,
-        "epp.grpc_health_port": config.epp.grpc_health_port,
-        "admin.port": config.admin.port,
-        "api.port": config.api.port,
-        "replicas.port": config.replicas.port,
-    }
-    for key, port in ports.items():
-        if port is not None and not 0 <= port <= 65535:
-            raise ConfigError(f"{key}: must be a port from 0 to 65535, got {port}")
+    for key, value in _numbers(config, _PORTS):
+        if not 0 <= value <= 65535:
+            raise ConfigError(f"{key}: must be a port from 0 to 65535, got {value}")
 
 
-def _or_one(value: int | None) -> int:
-    return 1 if value is None else value
+def _numbers(config: Config, keys: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """Those that are there, by their keys."""
+    values = ((key, operator.attrgetter(key)(config)) for key in keys)
+    return ((key, value) for key, value in values if value is not None)
 
 
 def schema() -> dict[str, Any]:
