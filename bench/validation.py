@@ -1,4 +1,4 @@
-"""Hold the simulator against published measurements and queueing theory: `python bench/validate.py [--case NAME]`.
+"""Hold the simulator against published measurements and queueing theory: `python bench/validation.py [--case NAME]`.
 
 Prints one line a figure and exits with 1 when one is outside. Mooncake's conversation trace is looked for in the folder
 that PICKER_TRACES names; without it the case that needs it is skipped, and said to be.
