@@ -13,7 +13,7 @@ from picker.exchange import Limits, RequestHead, Respond, Submit
 from picker.frontends.extproc import Bounds
 from picker.frontends.grpc_server import Call
 from picker.frontends.loops import Via
-from picker.frontends.own_extproc import Begun, OwnExtProc
+from picker.frontends.own_extproc import OwnExtProc
 from picker.gate import Gate
 from picker.types import Decision, Endpoint, Fact, Failed, Outcome, Queued, Rejection, RejectReason
 from wire.test_own_envoy import message
@@ -253,7 +253,6 @@ async def test_a_queued_request_gets_a_task_and_its_answer_when_there_is_one() -
     async with scene(Queued) as this:
         call, done = this.send()
         assert done
-        assert this.room.waiting  # before the loop has turned: the scheduler may let it go at any moment
         assert call.task is not None
         this.room.later.set_result(Decision(1, BEST))
         await call.task
@@ -274,30 +273,3 @@ async def test_a_queued_request_whose_client_leaves_is_closed_once(turns: int) -
         assert [type(fact) for fact in this.room.facts] == [Failed]
         assert (this.room.waiting, this.room.inside, this.extproc.open_streams) == (False, [], 0)
         assert this.connection.forgotten
-
-
-async def test_what_has_begun_goes_on_in_a_task_through_any_number_of_waits() -> None:
-    first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def told() -> Any:
-        await first
-        await asyncio.sleep(0)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            return Decision(1, BEST)
-
-    begun = Begun(told())
-
-    async def rest() -> Outcome:
-        return await begun
-
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(rest())
-        await asyncio.sleep(0)
-        first.set_result(None)
-        for _ in range(4):
-            await asyncio.sleep(0)
-        assert not task.done()
-        task.cancel()
-        assert (await task).request_id == 1

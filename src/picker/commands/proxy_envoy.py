@@ -26,9 +26,8 @@ from picker.frontends import collector, loops
 from picker.frontends.als import predicted_seconds
 from picker.frontends.extproc import Bounds, ExtProc
 from picker.frontends.grpc_server import GrpcServer
-from picker.frontends.headers import upstream_headers
 from picker.frontends.keys import FIELDS
-from picker.frontends.models import ModelsPage
+from picker.frontends.models import ModelsPage, dressed
 from picker.frontends.own_extproc import OwnExtProc
 from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
 from picker.frontends.serving import listen
@@ -37,7 +36,7 @@ from picker.frontends.upstream import Upstream
 from picker.heap import keep_freed_memory
 from picker.pool_file import PoolFile
 from picker.runtime import Runtime
-from picker.types import Endpoint, Outcome, Queued
+from picker.types import Outcome, Queued
 
 # Seconds that a decision may take beside waiting in the queue, whose own limit answers first.
 BEYOND_THE_QUEUE = 5.0
@@ -154,13 +153,9 @@ class PoolModels:
         return await self._page.answer(path, headers)
 
     def _made(self, upstream: Upstream) -> ModelsPage:
-        def dressed(endpoint: Endpoint, headers: tuple[tuple[bytes, bytes], ...]) -> list[tuple[bytes, bytes]]:
-            dressed = self._trust.dress(endpoint.name, headers, ())
-            return [*upstream_headers(*dressed, client=None, scheme="http"), self._via.mark]
-
-        runtime = self._app.runtime
+        runtime, dress = self._app.runtime, dressed(self._trust, self._via)
         known = runtime.scheduler.pool.models
-        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dressed)
+        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dress)
 
     async def close(self) -> None:
         if self._upstream is not None:

@@ -13,6 +13,9 @@ from urllib.parse import unquote
 import msgspec
 
 from picker.exchange import Respond
+from picker.frontends.headers import upstream_headers
+from picker.frontends.loops import Via
+from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
 from picker.types import Endpoint
@@ -23,6 +26,7 @@ _MOST_BYTES = 1024 * 1024  # of one endpoint's list
 _MOST_KEPT = 64  # lists, by who asks: endpoints may show each key something else
 
 Headers = tuple[tuple[bytes, bytes], ...]
+Dress = Callable[[Endpoint, Headers], Iterable[tuple[bytes, bytes]]]
 Entry = dict[str, object]
 
 
@@ -31,6 +35,20 @@ class _List(msgspec.Struct):
 
 
 _lists = msgspec.json.Decoder(_List)
+
+
+def asks_for_models(path: str) -> bool:
+    """Whether a path without its query is the list's, or that of an entry."""
+    return path.startswith(PATH) and (path == PATH or path[len(PATH)] == "/")
+
+
+def dressed(trust: Trust, via: Via) -> Dress:
+    """As every request goes to an endpoint: with its key, and marked to be known if it comes back."""
+
+    def dress(endpoint: Endpoint, headers: Headers) -> list[tuple[bytes, bytes]]:
+        return [*upstream_headers(*trust.dress(endpoint.name, headers, ()), client=None, scheme="http"), via.mark]
+
+    return dress
 
 
 class ModelsPage:
@@ -47,7 +65,7 @@ class ModelsPage:
         endpoints: Callable[[], Sequence[Endpoint]],
         known: Callable[[], Sequence[str]],
         clock: Callable[[], float],
-        dress: Callable[[Endpoint, Headers], Iterable[tuple[bytes, bytes]]] = lambda endpoint, headers: headers,
+        dress: Dress = lambda endpoint, headers: headers,
         timeout: float = 2.0,
         keep: float = 2.0,
     ) -> None:

@@ -7,10 +7,10 @@ follows everything else: requests that have to wait, and those that come in the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -30,7 +30,7 @@ from picker.frontends import loops
 from picker.frontends.als import AccessLog
 from picker.frontends.extproc import Bounds, ExtProc, Mode, Stream, error_answer
 from picker.frontends.grpc_server import Call, Early
-from picker.frontends.models import PATH as MODELS
+from picker.frontends.models import asks_for_models
 from picker.frontends.own_feedback import OwnPorter, RetryWatch
 from picker.gate import Gate, UndecidedError
 from picker.types import Outcome, Queued
@@ -49,40 +49,9 @@ class Desk(Protocol):
         """Where a request goes, or that it has to `wait`."""
         ...
 
-    def wait(self, request_id: int) -> Coroutine[Any, Any, Outcome]:
+    async def wait(self, request_id: int) -> Outcome:
         """The outcome of a request that was queued."""
         ...
-
-
-class Begun:
-    """A coroutine that has been run up to its first wait, for a task to go on with: what it says on its way is said.
-
-    Raises StopIteration when it does not wait.
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Outcome]) -> None:
-        self._coroutine = coroutine
-        self._awaited = coroutine.send(None)
-
-    def __await__(self) -> Generator[Any, Any, Outcome]:
-        # The future knows that somebody awaits it; the task finds that out when it is given it.
-        awaited = self._awaited
-        while True:
-            try:
-                sent = yield awaited
-            except BaseException as error:
-                step: Callable[[], Any] = partial(self._coroutine.throw, error)
-            else:
-                step = partial(self._coroutine.send, sent)
-            try:
-                awaited = step()
-            except StopIteration as end:
-                outcome: Outcome = end.value
-                return outcome
-
-    def drop(self) -> None:
-        """Nobody will await it."""
-        self._coroutine.close()
 
 
 Models = Callable[[str, Iterable[tuple[bytes, bytes]]], Awaitable[Respond]]
@@ -133,7 +102,7 @@ class OwnExtProc(ExtProc):
         if (refusal := self._let_in(stream, head)) is not None:
             return refusal
         path = head.path.partition("?")[0]
-        if self._models is None or head.method != "GET" or not (path == MODELS or path.startswith(f"{MODELS}/")):
+        if self._models is None or head.method != "GET" or not asks_for_models(path):
             return None
         stream.until = self._runtime.clock() + self._bounds.decision
         return await self._models(
@@ -192,7 +161,7 @@ class OwnExtProc(ExtProc):
             return actions
         outcome = desk.place(exchange.id, submit)
         if isinstance(outcome, Queued):
-            self._queue(stream, Begun(desk.wait(exchange.id)))
+            self._queue(stream, desk)
             return []
         return exchange.receive(Decided(outcome))
 
@@ -220,20 +189,20 @@ class OwnExtProc(ExtProc):
 
     # requests that wait
 
-    def _queue(self, stream: Stream, outcome: Begun) -> None:
+    def _queue(self, stream: Stream, desk: Desk) -> None:
         """Give the request a task, which a client that leaves may end before it has begun."""
         assert self._server is not None
         self._streams.add(stream)
         call = stream.call
-        call.task = self._server.start(call, lambda call: self._follow(stream, self._decided(stream, outcome)))
-        call.task.add_done_callback(lambda task: self._unbegun(stream, outcome))
+        call.task = self._server.start(call, lambda call: self._follow(stream, self._decided(stream, desk)))
+        call.task.add_done_callback(lambda task: self._unbegun(stream))
 
-    async def _decided(self, stream: Stream, outcome: Begun) -> list[Action]:
-        return await self._runtime.receive(stream.exchange, Decided(await outcome))
+    async def _decided(self, stream: Stream, desk: Desk) -> list[Action]:
+        outcome = await desk.wait(stream.exchange.id)
+        return await self._runtime.receive(stream.exchange, Decided(outcome))
 
-    def _unbegun(self, stream: Stream, outcome: Begun) -> None:
+    def _unbegun(self, stream: Stream) -> None:
         if stream in self._streams:  # else its task has seen to it
-            outcome.drop()
             self._streams.discard(stream)
             self._leave_off(stream)
             stream.call.close()

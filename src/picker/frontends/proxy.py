@@ -36,19 +36,18 @@ from picker.exchange import (
     UpstreamFailed,
 )
 from picker.frontends import collector, loops
-from picker.frontends.headers import RawHeaders, client_headers, upstream_headers
+from picker.frontends.headers import client_headers, upstream_headers
 from picker.frontends.keys import Key, KeyRefusal, Keyring, named_key
 from picker.frontends.leash import Leash, Watch
 from picker.frontends.limits import Door
-from picker.frontends.models import PATH as MODELS_PATH
-from picker.frontends.models import ModelsPage
+from picker.frontends.models import ModelsPage, asks_for_models, dressed
 from picker.frontends.request_ids import FIELD, NAME, RequestIds, told, told_in_body
 from picker.frontends.serving import EXTENSION, LAST_CALL_SECONDS, Client, serve
 from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
 from picker.runtime import Runtime
-from picker.types import Endpoint, Fact, FailureReason, HealthObserved
+from picker.types import Fact, FailureReason, HealthObserved
 from picker.wire import openai
 
 log = logging.getLogger("picker.frontends.proxy")
@@ -145,13 +144,9 @@ class Proxy:
             self._upstream.connect_timeout = seconds
 
     def _models_page(self, upstream: Upstream) -> ModelsPage:
-        def dressed(endpoint: Endpoint, headers: tuple[tuple[bytes, bytes], ...]) -> RawHeaders:
-            dressed = self.trust.dress(endpoint.name, headers, ())
-            return [*upstream_headers(*dressed, client=None, scheme="http"), self.via.mark]
-
-        runtime = self.runtime
+        runtime, dress = self.runtime, dressed(self.trust, self.via)
         known = runtime.scheduler.pool.models
-        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dressed)
+        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dress)
 
     async def part(self, leaving: asyncio.Event, stop: asyncio.Event, delay: float) -> None:
         """Between being told to leave and leaving: serve, and have clients close their connections meanwhile.
@@ -328,9 +323,7 @@ class _Passage:
     async def _own_answer(self) -> Respond | None:
         """The answer to what is asked of the pool as a whole."""
         models, path = self.proxy.models, self.scope["path"]
-        if models is None or not path.startswith(MODELS_PATH):
-            return None
-        if path != MODELS_PATH and not path.startswith(f"{MODELS_PATH}/"):
+        if models is None or not asks_for_models(path):
             return None
         self.client.watch(self.leash.pull)
         return await models.answer(path, self.scope["headers"])

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from picker.replicas import words
 from picker.types import FailureReason
 from picker.wire.als import Ended
@@ -122,26 +124,8 @@ def fingerprint(secret: str) -> str:
 
 
 def logged(ended: Ended) -> words.Logged:
-    return words.Logged(
-        mark=ended.mark,
-        request_id=ended.request_id,
-        status=ended.status,
-        upstream=ended.upstream,
-        failure=ended.failure,
-        first_byte=ended.first_byte,
-        duration=ended.duration,
-        attempts=ended.attempts,
-    )
+    return words.Logged(**msgspec.structs.asdict(ended))
 
 
 def ended_of(word: words.Logged) -> Ended:
-    return Ended(
-        mark=word.mark,
-        request_id=word.request_id,
-        status=word.status,
-        upstream=word.upstream,
-        failure=word.failure,
-        first_byte=word.first_byte,
-        duration=word.duration,
-        attempts=word.attempts,
-    )
+    return Ended(**msgspec.structs.asdict(word))
