@@ -5,7 +5,7 @@ moves only when told. Builds domain objects and decides nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from picker.core.scheduler import Scheduler, Settings
 from picker.core.view import PoolView
 from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.exact import Exact
-from picker.types import Endpoint, EndpointAdded, Request, Role, UInt64Array
+from picker.runtime import Runtime
+from picker.types import Endpoint, EndpointAdded, Fact, Outcome, Request, Role, UInt64Array
 
 NOW = 1000.0
 BLOCK_BYTES = 256
@@ -38,6 +39,20 @@ class ManualClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Ear:
+    """Hands every fact that a runtime is told to a listener, those of requests too."""
+
+    def __init__(self, runtime: Runtime, listener: Callable[[Fact], object]) -> None:
+        self._listener = listener
+        runtime.telemetry.watch(self)
+
+    def fact(self, fact: Fact) -> None:
+        self._listener(fact)
+
+    def decision(self, outcome: Outcome, seconds: float, request: Request | None) -> None:
+        pass
 
 
 def endpoint(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+import fakes
 from fakes import NOW, ManualClock, endpoint, scheduler
 from picker.core.profile import Weighted
 from picker.core.scheduler import Scheduler
@@ -155,7 +156,7 @@ class BrokenWhen:
 async def test_a_request_is_routed_charged_and_released() -> None:
     runtime = running("a")
     facts: list[Fact] = []
-    runtime.listen(facts.append)
+    fakes.Ear(runtime, facts.append)
     exchange = runtime.open()
     assert went_to(await ask(runtime, exchange=exchange)) == "a"
     assert len(runtime.scheduler.charges) == 1
@@ -191,7 +192,7 @@ async def test_limits_are_those_of_the_runtime() -> None:
 async def test_closing_ends_a_request_once_and_does_nothing_afterwards() -> None:
     runtime = running("a")
     facts: list[Fact] = []
-    runtime.listen(facts.append)
+    fakes.Ear(runtime, facts.append)
     exchange = runtime.open()
     await ask(runtime, exchange=exchange)
     for _ in range(3):
@@ -266,7 +267,7 @@ async def test_a_request_that_waits_is_decided_when_an_endpoint_joins() -> None:
 async def test_a_client_that_leaves_while_it_waits_is_taken_out_of_the_queue() -> None:
     runtime = running("a")
     facts: list[Fact] = []
-    runtime.listen(facts.append)
+    fakes.Ear(runtime, facts.append)
     first, leaves, stays = client(runtime), client(runtime), client(runtime)
     async with asyncio.TaskGroup() as group:
         group.create_task(first.run())
@@ -403,7 +404,7 @@ async def test_a_fact_that_cannot_be_applied_is_counted_logged_and_over(
 ) -> None:
     runtime = running("a")
     facts: list[Fact] = []
-    runtime.listen(facts.append)
+    fakes.Ear(runtime, facts.append)
     monkeypatch.setattr(runtime.scheduler, "apply", lambda fact, now: 1 / 0)
     runtime.emit(HealthObserved("a", healthy=False))
     assert metric(runtime, "picker_internal_errors_total", where="apply") == 1

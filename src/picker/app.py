@@ -137,7 +137,7 @@ class App:
 
     def _sources(self) -> list[Source]:
         config = self.config
-        self.runtime.listen(self.roster.observe, requests=False)
+        self.runtime.listen(self.roster.observe)
         if self.discovery is not None:
             return [self.discovery, self.roster]
         if not config.endpoints and config.endpoints_file is None:
@@ -265,7 +265,7 @@ class App:
             )
             scraper.health_path = self.config.health.path
             self.scraper = scraper
-            self.runtime.listen(scraper.observe, requests=False)
+            self.runtime.listen(scraper.observe)
             background = [group.create_task(self._drain_on(stop))]
             if self.exact is not None:
                 background.append(group.create_task(self._hear(self.exact, fetch, rng)))
@@ -299,12 +299,12 @@ class App:
         self.hearing = Hearing(events, ingest)
         exact.post.manners = self.manners
         for listener in (exact.post.observe, ingest.observe, events.observe):
-            self.runtime.listen(listener, requests=False)
+            self.runtime.listen(listener)
         async with exact.post, asyncio.TaskGroup() as group:
             group.create_task(ingest.run(self.runtime.emit))
             snapshots = exact.snapshots(self.runtime.scheduler, events, lambda: ingest.idle)
             if snapshots is not None:
-                self.runtime.listen(snapshots.observe, requests=False)
+                self.runtime.listen(snapshots.observe)
                 await snapshots.restore()
                 self.snapshots = snapshots
                 group.create_task(snapshots.run())

@@ -77,8 +77,9 @@ class Record(msgspec.Struct, eq=False, gc=False):
 class Runtime(Gate):
     """Owns the futures of queued requests and the records of recent decisions; the scheduler owns the rest.
 
-    clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact after the
-    scheduler (the scraper follows discovery this way). records: how many recent decisions are kept for debugging.
+    clock: seconds, monotonic; the only clock that front ends and sources use. listeners: told every fact about
+    endpoints, after the scheduler (the scraper follows discovery this way). records: how many recent decisions are kept
+    for debugging.
     reader: reads prompts for exact matching. headers: names, in lower case, of the request headers that decisions
     depend on. patience: seconds that any response may take to begin before `patience_with` is asked. reports: what
     sources say of themselves, for `/readyz`.
@@ -114,7 +115,6 @@ class Runtime(Gate):
         self._keep = records
         self.reports: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._listeners: list[Listener] = []
-        self._all_ears: list[Listener] = []  # those of them who want to hear of requests
         self._timer: asyncio.TimerHandle | None = None
 
     # front ends
@@ -136,11 +136,11 @@ class Runtime(Gate):
             self.telemetry.internal_error("apply")
             log.exception("applying a %s failed; it is ignored", type(fact).__name__)
         self.telemetry.fact(fact)
-        of_request = isinstance(fact, _OF_REQUESTS)
-        if of_request:
+        if isinstance(fact, _OF_REQUESTS):
             self._note_end(fact, now)
-        for listener in self._all_ears if of_request else self._listeners:
-            listener(fact)
+        else:
+            for listener in self._listeners:
+                listener(fact)
         self._say_notices()
         self._poll(now)
 
@@ -157,11 +157,9 @@ class Runtime(Gate):
         self._say_notices()
         self._poll(now)
 
-    def listen(self, listener: Listener, *, requests: bool = True) -> None:
-        """Have every fact handed on after the scheduler has seen it. requests: also those about a single request."""
+    def listen(self, listener: Listener) -> None:
+        """Have each fact about endpoints handed on, after the scheduler; of requests `Telemetry.watch` tells."""
         self._listeners.append(listener)
-        if requests:
-            self._all_ears.append(listener)
 
     def drain(self) -> None:
         """Take nothing new: every further request is answered 503, what runs goes on."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import fakes
 from picker.app import App
 from picker.config import Config, ExactConfig, HealthConfig, LimitConfig, ProxyConfig, ScrapeConfig
 from picker.envoy import GATEWAY, Json, bootstrap, find_envoy, running_envoy
@@ -90,7 +91,7 @@ async def gateway(
         running = group.create_task(app.run([front.serve], stop))
         async with front.reachable() as url:
             gate = Gateway(url, app)
-            app.runtime.listen(gate.heard)
+            fakes.Ear(app.runtime, gate.heard)
             if known:
                 await gate.until(lambda: _known(app, pods))
             yield gate

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+import fakes
 from e2e.gateway import envoy_missing
 from picker.access_log import RequestLog
 from picker.app import App
@@ -169,7 +170,7 @@ async def world(
         def heard(fact: Fact) -> None:
             news.set()
 
-        app.runtime.listen(heard)
+        fakes.Ear(app.runtime, heard)
         client = await opened.enter_async_context(
             aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}, timeout=aiohttp.ClientTimeout(total=20))
         )

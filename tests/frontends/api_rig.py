@@ -49,7 +49,7 @@ class Rig:
             limits=limits,
         )
         self.facts: list[Fact] = []
-        self.runtime.listen(self.facts.append)
+        fakes.Ear(self.runtime, self.facts.append)
         self.stop = asyncio.Event()
         self.port = 0
         self.channel: grpc.aio.Channel

@@ -249,7 +249,7 @@ class Stage:
             queue_timeout=10.0,
         )
         self.ends: list[int] = []
-        self.runtime.listen(self._note)
+        fakes.Ear(self.runtime, self._note)
         self.service = ExtProc(self.runtime, mode=mode, bounds=Bounds(20.0, 20.0, 20.0), predict=lambda _: 5.0)
         self.wire: Wire
 

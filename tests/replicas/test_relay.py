@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import fakes
 from fakes import ManualClock
 from picker.frontends.als import Feedback
 from picker.replicas import words
@@ -44,7 +45,7 @@ def clock() -> ManualClock:
 def lean(clock: ManualClock) -> Callable[[str], Lean]:
     def made(name: str) -> Lean:
         replica, facts = Replica(name, clock), list[object]()
-        replica.runtime.listen(facts.append)
+        fakes.Ear(replica.runtime, facts.append)
         return Lean(replica, replica.lean(), facts)
 
     return made

@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+import fakes
 from fakes import ManualClock, scheduler
 from picker.core.scheduler import Scheduler
 from picker.exchange import (
@@ -64,7 +65,7 @@ class Bus:
         **options: Any,
     ) -> AsyncIterator[Desk]:
         runtime = runtime_of(subject or scheduler("a", "b"), **options)
-        runtime.listen(self._heard)
+        fakes.Ear(runtime, self._heard)
         feedback = Feedback(runtime, lambda decision: 5.0) if lean else None
         terms = Terms(SECRET, BLOCK_BYTES, runtime.scheduler.headers, reads, start)
         desk, stop = Desk(runtime, terms, feedback), asyncio.Event()

@@ -194,7 +194,7 @@ async def _run(app: App, traffic: Serve, beside: Beside, stop: asyncio.Event) ->
         if app.config.proxy.survey:
             surveyor = await stack.enter_async_context(survey(manners=beside.manners))
             summary = Summary(surveyor.ask, partial(show, Console(stderr=True)))
-            app.runtime.listen(summary.observe, requests=False)
+            app.runtime.listen(summary.observe)
             group = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(group.create_task(summary.run()).cancel)
         await app.run([traffic, *beside.frontends], stop)

@@ -115,7 +115,7 @@ class Doors:
     def export(self, app: App) -> None:
         """Have what passes the doors counted, and endpoints asked by picker itself as the proxy asks them."""
         app.manners = self.manners
-        app.runtime.listen(self.manners.observe, requests=False)
+        app.runtime.listen(self.manners.observe)
         app.tell_keys = self.endpoint_keys.say
         app.telemetry.registry.register(KeyMetrics(self.keys))
         app.telemetry.registry.register(DoorMetrics(self.data))

@@ -104,7 +104,7 @@ def build(app: App, path: Path, doors: Doors, journal: RequestLog | None) -> Pla
     via = loops.Via()
     door = _door(app, host, doors, via, journal=journal is not None)
     pool = PoolFile(folder)
-    app.runtime.listen(pool.observe, requests=False)  # before any source speaks
+    app.runtime.listen(pool.observe)  # before any source speaks
     porter = OwnPorter(doors.keys, journal)
     models = PoolModels(app, doors.trust, via)
     retries = RetryWatch(lambda: (app.config.retry.ratio, app.config.retry.floor))

@@ -29,7 +29,7 @@ class Board:
         self._at = float("-inf")
         self._news = asyncio.Event()
         self.changes = 0  # of membership or health
-        runtime.listen(self._observe, requests=False)
+        runtime.listen(self._observe)
 
     def states(self) -> dict[str, Any]:
         """`EndpointState` messages by name, at most `_TOGETHER` seconds old."""

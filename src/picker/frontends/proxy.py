@@ -120,7 +120,7 @@ class Proxy:
         self._upstream = Upstream(connect_timeout=self._connect_timeout, trust=self.trust)
         self.watch = Watch(asyncio.get_running_loop())
         self.models = self._models_page(self._upstream) if self._merge_models else None
-        self.runtime.listen(self._observe, requests=False)
+        self.runtime.listen(self._observe)
         self.closing = asyncio.Event()
         try:
             with collector.seldom():
