@@ -18,7 +18,6 @@ from picker.frontends.certificates import Certificates
 from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.frontends.serving import listen, port_of
 from picker.gate import Gate
-from picker.heap import keep_freed_memory
 from picker.metrics_compat import CompatMetrics
 from picker.sources.kubernetes.election import Election
 
@@ -27,7 +26,6 @@ _BEYOND_THE_QUEUE = 5.0
 
 
 async def serve(config: Config) -> None:
-    keep_freed_memory()
     app = App(config)
     epp, certificates = build(app), build_certificates(config)
     stop, leaving = asyncio.Event(), asyncio.Event()

@@ -36,7 +36,6 @@ from picker.frontends.extproc import ExtProc, Mode
 from picker.frontends.grpc_server import GrpcServer
 from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
-from picker.heap import keep_freed_memory
 from picker.workers.desk import Desk, Terms
 from picker.workers.door import Door, Doorman
 from picker.workers.processes import Launch, Part, Processes, StartError
@@ -312,7 +311,6 @@ async def _adopt(server: GrpcServer, tls: ssl.SSLContext | None, connection: soc
 
 
 async def _run(orders: Orders) -> None:
-    keep_freed_memory()
     leaving = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -33,7 +33,6 @@ from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
 from picker.frontends.serving import listen
 from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
-from picker.heap import keep_freed_memory
 from picker.pool_file import PoolFile
 from picker.runtime import Runtime
 from picker.types import Outcome, Queued
@@ -62,7 +61,6 @@ class Plane:
 
         Raises ConfigError when Envoy does not come up at first.
         """
-        keep_freed_memory()
         with collector.seldom():
             await self._serve(leaving, stop, announce)
 
