@@ -89,7 +89,7 @@ def _routing(facts: dict[str, Any], requests: int) -> list[str]:
         "## Routing, measured",
         "",
         f"{requests} requests through the gateway: {cluster_routing.PROMPTS} prompts that nobody had sent before, each "
-        f"{cluster_routing.REPEATS} times again, side by side. {found['found']} of {found['known']} repetitions "
+        f"once again, side by side. {found['found']} of {found['known']} repetitions "
         f"({found['share']:.0%}) found their prompt in the cache of the pod they were sent to. First requests by pod: "
         f"{_shown(facts.get('spread', {}))}. Every request is in `{REQUIREMENT}.json`.",
         "",
