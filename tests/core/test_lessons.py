@@ -55,7 +55,7 @@ def test_a_newcomer_predicts_what_its_teacher_predicts(teacher: tuple[Scheduler,
     new.apply(old.lessons(now), NOW)  # clocks of their own
     assert factors(new) == factors(old)
     assert new.learned.output_tokens.value == old.learned.output_tokens.value
-    assert new._bytes_per_token.value == old._bytes_per_token.value
+    assert new.bytes_per_token.value == old.bytes_per_token.value
     assert new.learned.tied == old.learned.tied
     old.learned.prefill._fit()  # which is not done at every sample
     old.learned.decode._fit()
@@ -125,12 +125,12 @@ def test_each_quantity_is_weighed_by_itself() -> None:
             EndpointLessons("gone", prefill=(1e6, 2e6)),
         ),
     )
-    before = subject._bytes_per_token.value
+    before = subject.bytes_per_token.value
     subject.apply(mixed, now)
     assert subject.learned.prefill_speed.sums(row) == seen
     assert subject.learned.decode_speed.sums(row) == (1e6, 2e6)
     assert subject.learned.output_tokens.value == 5.0
-    assert subject._bytes_per_token.value == before
+    assert subject.bytes_per_token.value == before
 
 
 def test_one_goes_on_learning_from_what_it_was_taught(teacher: tuple[Scheduler, float]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fakes import endpoint
-from picker.core import cost_few, scheduler
+from picker.core import cost_few, scout
 from picker.core.scheduler import Scheduler, Settings
 from picker.prefix.approximate import ApproximateIndex
 from picker.types import (
@@ -68,5 +68,5 @@ def test_few_endpoints_are_chosen_among_as_many_are(endpoints: int, monkeypatch:
         in_numbers = story(seed, endpoints)
         with monkeypatch.context() as patch:
             patch.setattr(cost_few, "FEW", 0)
-            patch.setattr(scheduler, "FEW", 0)
+            patch.setattr(scout, "FEW", 0)
             assert story(seed, endpoints) == in_numbers

@@ -54,7 +54,8 @@ def test_what_one_sent_somewhere_the_other_knows_to_be_cached_there(two: tuple[R
 def test_a_session_is_followed_by_all(two: tuple[Replica, Replica]) -> None:
     one, other = two
     where = one.route(1, session="s")
-    row = other.scheduler._session_row(other.runtime.scheduler.charges.get(-1).request)  # type: ignore[union-attr]
+    session = other.runtime.scheduler.charges.get(-1).request.session  # type: ignore[union-attr]
+    row = other.scheduler.sessions.row(session)
     assert row is not None
     assert other.scheduler.pool.endpoint(row).name == where
 
@@ -72,7 +73,7 @@ def test_both_learn_the_same_of_an_answer(two: tuple[Replica, Replica], clock: M
     assert mine.prefill.costs == theirs.prefill.costs
     assert mine.decode.costs == theirs.decode.costs
     assert mine.output_tokens.value == theirs.output_tokens.value
-    assert one.scheduler._bytes_per_token.value == other.scheduler._bytes_per_token.value
+    assert one.scheduler.bytes_per_token.value == other.scheduler.bytes_per_token.value
 
 
 def test_a_fault_seen_by_one_keeps_all_away(two: tuple[Replica, Replica]) -> None:
@@ -170,7 +171,7 @@ def test_who_comes_late_is_told_what_was_learned(two: tuple[Replica, Replica], c
     mine, theirs = one.scheduler.learned, late.scheduler.learned
     assert theirs.prefill.count == mine.prefill.count > 0
     assert theirs.output_tokens.value == mine.output_tokens.value
-    assert late.scheduler._bytes_per_token.value == one.scheduler._bytes_per_token.value
+    assert late.scheduler.bytes_per_token.value == one.scheduler.bytes_per_token.value
 
 
 def test_who_does_not_ask_for_lessons_is_told_none(two: tuple[Replica, Replica], clock: ManualClock) -> None:
@@ -253,4 +254,4 @@ def test_retries_are_allowed_by_ones_own_decisions(two: tuple[Replica, Replica])
     one, other = two
     for number in range(1, 4):
         one.route(number, blocks(**{f"p{number}": 20}))
-    assert (one.scheduler._decisions, other.scheduler._decisions) == (3, 0)
+    assert (one.scheduler.decided, other.scheduler.decided) == (3, 0)

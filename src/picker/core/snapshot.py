@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from picker.core.calibration import Record
+from picker.core.learned import Learned
 from picker.core.pool import Pool
+from picker.core.state import State
 from picker.prefix.exact import Stream
 from picker.types import Endpoint, FloatArray
+
+_TYPICAL_TOKENS = 4096.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +51,16 @@ class EndpointState:
     asleep: bool = False
 
 
-def endpoint_state(
-    pool: Pool,
-    row: int,
-    endpoint: Endpoint,
-    now: float,
-    *,
-    speed: float,
-    index_blocks: int,
-    index_trust: float,
-    events: Stream | None,
-    predictions: Record,
-    doubt: str | None,
-) -> EndpointState:
-    """One row of the pool, with what is known outside of it: learned speed, the prefix index and KV events.
+def snapshot(state: State, now: float) -> list[EndpointState]:
+    """Every endpoint of the pool: with its learned speed, what the prefix index and KV events say of it."""
+    return [_endpoint(state, row, endpoint, now) for row, endpoint in state.pool]
 
-    doubt: why predictions made from its events are not believed, None where they are.
-    """
+
+def _endpoint(state: State, row: int, endpoint: Endpoint, now: float) -> EndpointState:
+    pool, predictions = state.pool, state.calibration.record(row)
+    events = None if state.exact is None else state.exact.stream(row)
+    # Why predictions made from its events are not believed.
+    doubt = state.calibration.complaint(row) if state.calibration.doubted[row] else None
     rest = float(pool.ejected_until[row]) - now
     return EndpointState(
         name=endpoint.name,
@@ -84,9 +81,9 @@ def endpoint_state(
         kv_capacity_tokens=_known(pool.kv_capacity, row),
         scrape_age_s=_known(now - pool.observed_at, row),
         metrics_missing=_missing(pool, row),
-        prefill_tokens_per_s=speed,
-        index_blocks=index_blocks,
-        index_trust=index_trust,
+        prefill_tokens_per_s=_speed(state.learned, row),
+        index_blocks=state.index.resident(row),
+        index_trust=float(state.index.trust[row]),
         kv_events=_standing(events, doubt),
         kv_events_reason="" if events is None else _reason(events, doubt, predictions),
         predictions=predictions.predictions,
@@ -96,6 +93,13 @@ def endpoint_state(
         labels=dict(endpoint.labels),
         asleep=bool(pool.asleep[row]),
     )
+
+
+def _speed(learned: Learned, row: int) -> float:
+    """Prefill tokens per second of a prompt of middling length."""
+    seconds = learned.work(_TYPICAL_TOKENS, _TYPICAL_TOKENS)
+    # An engine that answers any prompt at once (a stand-in for one) has no speed; this one is beyond all others.
+    return _TYPICAL_TOKENS / max(seconds, 1e-9) * float(learned.prefill_speed.value[row])
 
 
 def _missing(pool: Pool, row: int) -> tuple[str, ...]:
