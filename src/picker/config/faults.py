@@ -1,0 +1,118 @@
+"""What is wrong with a file, said so that it can be mended: the key, its place, and the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import msgspec
+
+from picker.config.sections import (
+    AdminConfig,
+    ApiConfig,
+    Config,
+    ConnectionConfig,
+    ElectionConfig,
+    EndpointSpec,
+    EppConfig,
+    ExactConfig,
+    FilterSpec,
+    HealthConfig,
+    IndexConfig,
+    KeysConfig,
+    KubernetesConfig,
+    LimitConfig,
+    Match,
+    ModelMatch,
+    ModelsConfig,
+    Part,
+    ProfileSpec,
+    ProxyConfig,
+    QueueConfig,
+    ReplicasConfig,
+    RetryConfig,
+    RewriteSpec,
+    SaturationConfig,
+    ScorerSpec,
+    ScrapeConfig,
+    Target,
+    TokenizerSpec,
+    UpstreamConfig,
+)
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<where>[^`]*)`)?")
+_TYPES = re.compile(r"Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "keys and values",
+    "null": "null",
+}
+_PLACE = re.compile(r" - at `\$\.?(?P<where>[^`]*)`")
+
+
+def explain(message: str) -> str:
+    """What msgspec says of a value, with the names of this file."""
+    unknown = _UNKNOWN.search(message)
+    if unknown:
+        where, key = unknown["where"] or "", unknown["key"]
+        place = f"{where}.{key}" if where else key
+        return f"{place}: unknown key{near(key, _keys_at(where))}"
+    place_of = _PLACE.search(message)
+    where = place_of["where"] if place_of else ""
+    said = _PLACE.sub("", message)
+    if typed := _TYPES.fullmatch(said):
+        wanted = " or ".join(_WORDS.get(each, each) for each in typed["wanted"].split(" | "))
+        said = f"must be {wanted}, and is {_WORDS.get(typed['got'], typed['got'])}"
+    return f"{where or 'configuration'}: {said}"
+
+
+def _keys_at(where: str) -> list[str]:
+    sections: dict[str, type[Part]] = {
+        "": Config,
+        "endpoints": EndpointSpec,
+        "scorers": ScorerSpec,
+        "filters": FilterSpec,
+        "profiles": ProfileSpec,
+        "saturation": SaturationConfig,
+        "kubernetes": KubernetesConfig,
+        "leader_election": ElectionConfig,
+        "replicas": ReplicasConfig,
+        "index": IndexConfig,
+        "exact": ExactConfig,
+        "tokenizer": TokenizerSpec,
+        "tokenizers": TokenizerSpec,
+        "queue": QueueConfig,
+        "health": HealthConfig,
+        "retry": RetryConfig,
+        "scrape": ScrapeConfig,
+        "limits": LimitConfig,
+        "proxy": ProxyConfig,
+        "epp": EppConfig,
+        "connections": ConnectionConfig,
+        "keys": KeysConfig,
+        "upstream": UpstreamConfig,
+        "admin": AdminConfig,
+        "api": ApiConfig,
+        "models": ModelsConfig,
+        "rewrites": RewriteSpec,
+        "matches": Match,
+        "model": ModelMatch,
+        "targets": Target,
+    }
+    part = sections.get(where.replace("[...]", "").rpartition(".")[2].partition("[")[0], Config)
+    return [field.encode_name for field in msgspec.structs.fields(part)]
+
+
+def near(word: str, words: list[str] | tuple[str, ...]) -> str:
+    """To put behind a name that is not known: the one that is probably meant, else all that could be."""
+    return nearest(word, words) or f"; known here: {', '.join(words)}"
+
+
+def nearest(word: str, words: list[str] | tuple[str, ...]) -> str:
+    """The one that is probably meant, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
