@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picker.app import build_limits
 from picker.config import POLICIES, Config, EndpointSpec, from_values, load_config, override, parse_config, schema
 from picker.config import to_values as values_of
 from picker.errors import ConfigError
+from picker.request_limits import build_limits
 
 EVERYTHING = """
 endpoints:

@@ -85,9 +85,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "api_service": (*SHELL, "frontends"),
     # For programs that are not picker: it brings nothing of picker along but the messages.
     "client": ("wire.pb",),
+    # Parts of the composition, each what a configuration says of one thing.
+    "deciders": (*DECIDING, "config", "live_policy"),
+    "discovery": (*NOUNS, "config", "gate", "sources"),
+    "request_limits": (*NOUNS, "config", "exchange", "rewrites"),
+    "signals": (),
     "app": (
         *(*SHELL, "prediction_metrics", "metrics_compat", "exact_mode", "api_service", "frontends", "sources"),
-        *("replicas", "record", "live_policy", "rewrite_metrics"),
+        *("replicas", "record", "live_policy", "rewrite_metrics", "deciders", "discovery", "request_limits", "signals"),
     ),
     "live_policy": (*NOUNS, "core"),
     "reload": (*NOUNS, "config"),

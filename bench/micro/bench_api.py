@@ -24,10 +24,10 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from picker.api_service import build_api
-from picker.app import build_scheduler
 from picker.bench.cputime import cpu_seconds
 from picker.commands.options import run
 from picker.config import ApiConfig, Config
+from picker.deciders import build_scheduler
 from picker.frontends.grpc_server import Call, GrpcServer
 from picker.frontends.serving import listen, port_of
 from picker.prefix.blocks import BlockHasher

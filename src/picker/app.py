@@ -10,12 +10,9 @@ import logging
 import math
 import os
 import random
-import signal
-import socket
 import time
 from collections import ChainMap
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +21,9 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry
 
 from picker.api_service import serve_api
-from picker.config import Config, EndpointSpec, ProfileSpec
-from picker.core.pick import PICKERS, Picker, max_score
-from picker.core.plan import Plan, Route
-from picker.core.plugin_filters import build_detector, build_filter
-from picker.core.profile import Cost, Profile, Weighted
-from picker.core.saturation import Detector
-from picker.core.scheduler import Scheduler, Settings
+from picker.config import Config, EndpointSpec
+from picker.deciders import build_policy, build_scheduler
+from picker.discovery import build_discovery, build_election, build_endpoint
 from picker.errors import ConfigError
 from picker.exact_mode import ExactMode
 from picker.exchange import Limits
@@ -38,37 +31,24 @@ from picker.frontends.serving import listen
 from picker.gate import Clock
 from picker.live_policy import LivePolicy
 from picker.prediction_metrics import EventMetrics, PredictionMetrics
-from picker.prefix.approximate import ApproximateIndex
 from picker.prefix.blocks import BlockHasher
-from picker.prefix.exact import Exact
 from picker.record import Recorder
 from picker.replicas.service import Replicas
+from picker.request_limits import KUBERNETES, build_limits, build_rewriting, tell_rewriting
 from picker.rewrite_metrics import RewriteMetrics
-from picker.rewrites import Rewriting
 from picker.runtime import Runtime
-from picker.scorers import build_scorer
-from picker.scorers.inflight import Inflight
-from picker.scorers.recency import Recency
 from picker.sources.file import FileSource, Terms, load_endpoints
 from picker.sources.ingest import Ingest
-from picker.sources.kubernetes.client import Client
-from picker.sources.kubernetes.credentials import Access, find_access
-from picker.sources.kubernetes.election import Election, Timing
-from picker.sources.kubernetes.scope import Scope
-from picker.sources.kubernetes.source import KubernetesSource
 from picker.sources.kv_events import KvEventSource
 from picker.sources.kv_snapshot import Snapshots
-from picker.sources.roster import Roster, check_weight
+from picker.sources.roster import Roster
 from picker.sources.scrape import AiohttpFetch, Fetch, Manners, ScrapeSource, plainly
-from picker.sources.static import parse_endpoint
 from picker.telemetry import Telemetry
-from picker.types import Endpoint, Fact, Role
+from picker.types import Fact
 
 log = logging.getLogger("picker.app")
 
 CONFIGURATION, ENDPOINTS_FILE = "configuration", "endpoints file"  # who list endpoints
-KUBERNETES = "kubernetes"  # who, beside a configuration, says what models requests get
-_FALLBACKS = 2  # endpoints that a decision names behind the first, unless a profile names more
 
 
 class Source(Protocol):
@@ -322,216 +302,9 @@ class App:
         self.runtime.drain()
 
 
-def build_scheduler(config: Config, exact: Exact | None = None, policy: LivePolicy | None = None) -> Scheduler:
-    """The scheduler that a configuration describes; raises ConfigError for an unknown scorer or picker.
-
-    policy: to decide by instead of the configuration's.
-    """
-    profile, picker = build_policy(config) if policy is None else (policy, policy.pick)
-    index = ApproximateIndex(config.index.budget_bytes)
-    return Scheduler(build_settings(config), index, profile, picker, exact, build_saturation(config))
-
-
-def build_settings(config: Config) -> Settings:
-    """The numbers that decisions go by; without a seed in the configuration it is a new one each time."""
-    return Settings(
-        block_bytes=config.index.block_bytes,
-        max_inflight=config.queue.max_inflight,
-        queue_size=config.queue.size,
-        hold_s=config.queue.hold_s,
-        eject_after=config.health.eject_after,
-        eject_s=config.health.eject_s,
-        eject_max_s=config.health.eject_max_s,
-        retry_ratio=config.retry.ratio,
-        retry_floor=config.retry.floor,
-        hang_factor=config.health.hang_factor,
-        hang_floor_s=config.health.hang_floor_s,
-        slow_start_s=config.health.slow_start_s,
-        seed=int.from_bytes(os.urandom(4)) if config.seed is None else config.seed,
-        fallbacks=max([_FALLBACKS, *((profile.max_endpoints or 1) - 1 for profile in config.profiles)]),
-    )
-
-
-def build_policy(config: Config) -> tuple[Profile, Picker]:
-    """What ranks the candidates and what chooses from the ranking."""
-    picker = PICKERS.get(config.picker)
-    if picker is None:
-        raise ConfigError(f"picker: {config.picker!r} is not one of {', '.join(PICKERS)}")
-    match config.policy:
-        case "picker":
-            return Cost(), picker
-        case "weighted":
-            plan = build_plan(config)
-            return plan, plan.pick
-        case "least-request":
-            return Weighted([(Inflight(), 1.0)]), max_score
-        case "round-robin":
-            return Weighted([(Recency(), 1.0)]), max_score
-        case "random":
-            return Weighted([]), max_score
-        case _:
-            raise ConfigError(f"policy: {config.policy!r} is unknown")
-
-
-def build_plan(config: Config) -> Plan:
-    """The profiles of the `weighted` policy; the filters and scorers at the top are one of their own."""
-    own = ProfileSpec(name="default", filters=config.filters, scorers=config.scorers, picker=config.picker)
-    specs = config.profiles or [own]
-    routes = {spec.name: build_route(spec) for spec in specs}
-    return Plan(routes, config.profile or specs[0].name, config.profile_header, config.prefill_profile)
-
-
-def build_route(spec: ProfileSpec) -> Route:
-    """A profile with what it names; raises ConfigError for what there is not."""
-    picker = PICKERS.get(spec.picker)
-    if picker is None:
-        raise ConfigError(f"profile {spec.name!r}: picker {spec.picker!r} is not one of {', '.join(PICKERS)}")
-    return Route(
-        scorers=[(build_scorer(each.name, each.parameters), each.weight) for each in spec.scorers],
-        filters=[build_filter(each.name, each.parameters) for each in spec.filters],
-        picker=picker,
-        most=spec.max_endpoints,
-    )
-
-
-def build_saturation(config: Config) -> Detector | None:
-    """What tells how full the pool is, where the configuration names it."""
-    if config.saturation.detector == "off":
-        return None
-    return build_detector(config.saturation.detector, config.saturation.parameters)
-
-
-def asks_kubernetes(config: Config) -> bool:
-    """Whether endpoints come from there: none are given by hand."""
-    return config.kubernetes.wanted and not config.endpoints and config.endpoints_file is None
-
-
-def build_discovery(config: Config, clock: Clock) -> KubernetesSource | None:
-    """Where endpoints come from when none are given by hand; None where Kubernetes is not asked."""
-    wanted = config.kubernetes
-    if not wanted.wanted:
-        return None
-    if config.endpoints or config.endpoints_file is not None:
-        log.info("endpoints are given: Kubernetes is not asked for any")
-        return None
-    access = find_access(wanted.kubeconfig, wanted.context)
-    scope = Scope(
-        namespace=_namespace(config, access),
-        pools=tuple(wanted.pools),
-        group=wanted.group,
-        selector=wanted.selector or "",
-        ports=tuple(wanted.target_ports),
-        services=tuple(wanted.services),
-    )
-    return KubernetesSource(
-        access,
-        scope,
-        clock=clock,
-        rng=random.Random(config.seed),
-        objectives=config.objectives,
-        resync=wanted.resync_s,
-        silence=wanted.silence_s,
-    )
-
-
-def build_election(config: Config, clock: Clock) -> Election | None:
-    """A part in choosing the replica that serves; None where all do. Raises ConfigError."""
-    wanted = config.kubernetes.leader_election
-    if not wanted.enabled:
-        return None
-    access = find_access(config.kubernetes.kubeconfig, config.kubernetes.context)
-    namespace, pool = _namespace(config, access), next(iter(config.kubernetes.pools), config.epp.pool_name)
-    name = wanted.lease or (f"epp-{namespace}-{pool}.llm-d.ai" if pool else None)
-    if name is None:
-        raise ConfigError("kubernetes.leader_election.lease: without a pool the lease needs a name")
-    rng = random.Random(config.seed)
-    identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{os.urandom(8).hex()}"
-    timing = Timing(wanted.duration_s, wanted.renew_s, wanted.retry_s)
-    # As client-go: of two requests in the time until a leader gives up, one may hang.
-    connect = partial(Client, access, timeout=timing.renew / 2)
-    return Election(connect, namespace, name, identity, clock=clock, rng=rng, timing=timing)
-
-
-def _namespace(config: Config, access: Access) -> str:
-    return config.kubernetes.namespace or os.environ.get("NAMESPACE") or access.namespace or "default"
-
-
 def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def build_limits(
-    config: Config, objectives: Mapping[str, int] | None = None, rewriting: Rewriting | None = None
-) -> Limits:
-    """What a request may be. objectives: priorities by name where others than the configuration's are known, live.
-
-    rewriting: which models requests get, likewise; left out where nobody will ever say.
-    """
-    silent = not (config.models.rewrites or config.models.rewrite_header or asks_kubernetes(config))
-    return Limits(
-        max_body_bytes=config.limits.max_body_bytes,
-        max_attempts=config.limits.max_attempts,
-        name_endpoint=config.limits.name_endpoint,
-        objectives=config.objectives if objectives is None else objectives,
-        retry_statuses=frozenset(config.retry.statuses),
-        rewriting=None if silent else build_rewriting(config) if rewriting is None else rewriting,
-    )
-
-
-def build_rewriting(config: Config) -> Rewriting:
-    """Which models requests get, as far as the configuration says."""
-    rewriting = Rewriting(random.Random(config.seed).random, (KUBERNETES, CONFIGURATION))
-    tell_rewriting(rewriting, config)
-    return rewriting
-
-
-def tell_rewriting(rewriting: Rewriting, config: Config) -> None:
-    """Have the rules of a configuration in force."""
-    models = config.models
-    rewriting.put(CONFIGURATION, [spec.rule for spec in models.rewrites])
-    rewriting.heeds_header = asks_kubernetes(config) if models.rewrite_header is None else models.rewrite_header
-
-
-def build_endpoint(spec: str | EndpointSpec) -> Endpoint:
-    """An endpoint from a URL or from its description in the file."""
-    if isinstance(spec, str):
-        return parse_endpoint(spec)
-    endpoint = parse_endpoint(spec.address)
-    roles = {role.value: role for role in Role}
-    check_weight(spec.weight)
-    if spec.role not in roles:
-        raise ConfigError(f"endpoints: role {spec.role!r} of {spec.address} is not one of {', '.join(roles)}")
-    return Endpoint(
-        name=spec.name or (endpoint.name if spec.rank is None else f"{endpoint.name}#{spec.rank}"),
-        address=endpoint.address,
-        models=frozenset(spec.models),
-        role=roles[spec.role],
-        scheme=endpoint.scheme,
-        rank=spec.rank,
-        labels=dict(spec.labels),
-    )
-
-
-@contextmanager
-def stopping_on_signals(stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM and Ctrl-C; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-
-    def first() -> None:
-        log.info("stopping: running requests may end; a second signal ends at once")
-        stop.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, first)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)

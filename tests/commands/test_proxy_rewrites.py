@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from picker.app import App, build_limits
+from picker.app import App
 from picker.commands.proxy_control import Doors, ProxyControl
 from picker.config import Config, from_values, parse_config, schema, to_values
 from picker.errors import ConfigError
 from picker.frontends.proxy import Proxy
+from picker.request_limits import build_limits
 from picker.types import NO_HEADERS
 
 CANARY = """

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import yaml
 
-from picker.app import build_plan, build_saturation, build_scheduler
 from picker.config import Config, from_values
 from picker.core.saturation import Concurrency, Utilization
+from picker.deciders import build_plan, build_saturation, build_scheduler
 from picker.errors import ConfigError
 from picker.imports import import_text, recognise
 from picker.imports.epp_plugins import KINDS

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kubernetes.virtual_time import in_virtual_time
 
 from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import PODS, POOLS, REWRITES, pod, pool, rewrite, rule
 from kubernetes.stage import until
-from kubernetes.virtual_time import in_virtual_time
 from picker.app import App
 from picker.config import Config, from_values
 from picker.exchange import Forward, RequestBody, RequestHead

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.virtual_time import in_virtual_time
 
 from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import LEASES, OBJECTIVES, PODS, POOLS, objective, pod, pool
 from kubernetes.stage import until
-from kubernetes.virtual_time import in_virtual_time
 from picker.app import App
 from picker.commands.epp_serving import begun, build, leave_on, serve_once_known
 from picker.config import Config, from_values, override

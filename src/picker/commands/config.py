@@ -9,7 +9,8 @@ import click
 import yaml
 
 from picker import config as configuration
-from picker.app import build_endpoint, build_saturation, build_scheduler
+from picker.deciders import build_saturation, build_scheduler
+from picker.discovery import build_endpoint
 from picker.errors import ConfigError
 from picker.imports import IMPORTERS, import_text, import_words
 from picker.imports.report import Imported

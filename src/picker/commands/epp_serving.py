@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from picker.app import App, Serve, build_saturation, stopping_on_signals
+from picker.app import App, Serve
 from picker.config import Config
+from picker.deciders import build_saturation
 from picker.frontends import collector
 from picker.frontends.admin import Admin
 from picker.frontends.als import AccessLog, Feedback, predicted_seconds
@@ -19,6 +20,7 @@ from picker.frontends.extproc import Bounds, ExtProc, Mode
 from picker.frontends.serving import listen, port_of
 from picker.gate import Gate
 from picker.metrics_compat import CompatMetrics
+from picker.signals import stopping_on_signals
 from picker.sources.kubernetes.election import Election
 
 # Seconds that a decision may take beside waiting in the queue, whose own limit answers first.

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import msgspec
 
-from picker.app import App, Serve, build_limits, stopping_on_signals
+from picker.app import App, Serve
 from picker.commands.epp_serving import announce, build_certificates, build_extproc, build_feedback, follow
 from picker.commands.options import first_error, run, start_logging
 from picker.config import Config
@@ -36,6 +36,8 @@ from picker.frontends.extproc import ExtProc, Mode
 from picker.frontends.grpc_server import GrpcServer
 from picker.frontends.health import Health
 from picker.frontends.serving import listen, port_of
+from picker.request_limits import build_limits
+from picker.signals import stopping_on_signals
 from picker.workers.desk import Desk, Terms
 from picker.workers.door import Door, Doorman
 from picker.workers.processes import Launch, Part, Processes, StartError

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from picker.access_log import RequestLog
-from picker.app import App, Serve, stopping_on_signals
+from picker.app import App, Serve
 from picker.commands import proxy_envoy
 from picker.commands.grouped_help import GroupedCommand
 from picker.commands.options import routing_config, routing_options, run
@@ -25,6 +25,7 @@ from picker.envoy_folder import own_folder
 from picker.envoy_process import Running
 from picker.frontends.proxy import Proxy
 from picker.frontends.serving import listen, port_of
+from picker.signals import stopping_on_signals
 from picker.sources.scrape import Manners
 from picker.startup_summary import Summary, show
 

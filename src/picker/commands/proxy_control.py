@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from picker.access_log import check_target
-from picker.app import CONFIGURATION, App, build_endpoint, build_policy, build_saturation, build_settings
+from picker.app import CONFIGURATION, App
 from picker.commands.proxy_doors import (
     Doors,
     allowance,
@@ -29,6 +29,8 @@ from picker.commands.proxy_doors import (
     trust_files,
 )
 from picker.config import Config, EndpointSpec, to_values
+from picker.deciders import build_policy, build_saturation, build_settings
+from picker.discovery import build_endpoint
 from picker.errors import ConfigError
 from picker.frontends.admin import Admin
 from picker.frontends.certificates import Pair, check_pair

@@ -11,9 +11,10 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from picker.app import CONFIGURATION, ENDPOINTS_FILE, App, build_endpoint
+from picker.app import CONFIGURATION, ENDPOINTS_FILE, App
 from picker.commands.options import admin_token
 from picker.config import Config, EndpointSpec
+from picker.discovery import build_endpoint
 from picker.errors import ConfigError
 from picker.frontends.admin_control import closed_by_default
 from picker.frontends.certificates import Certificates, Pair

@@ -501,3 +501,8 @@ class Config(Part, frozen=True):
     log_level: str | None = None
     admin: AdminConfig = AdminConfig()
     api: ApiConfig = ApiConfig()
+
+    @property
+    def asks_kubernetes(self) -> bool:
+        """Whether endpoints come from there: none are given by hand."""
+        return self.kubernetes.wanted and not self.endpoints and self.endpoints_file is None

@@ -4,10 +4,10 @@ import pytest
 
 from fakes import NOW, request
 from headed import labelled
-from picker.app import build_plan, build_policy, build_saturation, build_scheduler
 from picker.config import parse_config
 from picker.core.plan import Plan
 from picker.core.saturation import Concurrency
+from picker.deciders import build_plan, build_policy, build_saturation, build_scheduler
 from picker.errors import ConfigError
 from picker.types import Decision, EndpointAdded
 
