@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from picker.errors import ConfigError
-from picker.frontends.serving import EXTENSION, Client, ClientConnection, listen, port_of, serve
+from picker.frontends.client import Client
+from picker.frontends.client_connection import EXTENSION, ClientConnection
+from picker.frontends.serving import listen, port_of, serve
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:

@@ -18,4 +18,4 @@ def pytest_asyncio_loop_factories(
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that end wait for their clients no longer than the tests do."""
     monkeypatch.setattr("picker.frontends.proxy._LINGER_PAUSE", 0.02)
-    monkeypatch.setattr("picker.frontends.serving._PARTING_SECONDS", 0.02)
+    monkeypatch.setattr("picker.frontends.client_connection._PARTING_SECONDS", 0.02)

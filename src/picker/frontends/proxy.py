@@ -36,13 +36,15 @@ from picker.exchange import (
     UpstreamFailed,
 )
 from picker.frontends import collector, loops
+from picker.frontends.client import Client
+from picker.frontends.client_connection import EXTENSION
 from picker.frontends.headers import client_headers, upstream_headers
 from picker.frontends.keys import Key, KeyRefusal, Keyring, named_key
 from picker.frontends.leash import Leash, Watch
 from picker.frontends.limits import Door
 from picker.frontends.models import ModelsPage, asks_for_models, dressed
 from picker.frontends.request_ids import FIELD, NAME, RequestIds, told, told_in_body
-from picker.frontends.serving import EXTENSION, LAST_CALL_SECONDS, Client, serve
+from picker.frontends.serving import LAST_CALL_SECONDS, serve
 from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
