@@ -19,12 +19,17 @@ from picker.check.rig import Rig, Setup, standing
 from picker.check.verdict import Trace
 from picker.envoy import Json, Topology
 
+# Requests that an endpoint gets: what the checks have under way at once, though a slow machine is late to see them end;
+# and not so many that there were room for `OVERLOAD`.
+PATIENCE = 12
+
 Maker = Callable[[Pods], Reference]
 
 
 def honest(topology: Topology) -> Maker:
     """ORIGINAL_DST takes a list of endpoints for one address."""
-    return lambda endpoints: Reference(Late(endpoints), max_inflight=8, fallbacks=topology is Topology.OVERRIDE_HOST)
+    fallbacks = topology is Topology.OVERRIDE_HOST
+    return lambda endpoints: Reference(Late(endpoints), max_inflight=PATIENCE, fallbacks=fallbacks)
 
 
 class Late:
