@@ -16,16 +16,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from picker.api_service import serve_api
 from picker.config import Config, EndpointSpec
 from picker.deciders import build_policy, build_scheduler
 from picker.discovery import build_discovery, build_election, build_endpoint
 from picker.errors import ConfigError
-from picker.exact_mode import ExactMode
 from picker.exchange import Limits
 from picker.frontends.serving import listen
 from picker.gate import Clock
@@ -33,18 +31,21 @@ from picker.live_policy import LivePolicy
 from picker.prediction_metrics import EventMetrics, PredictionMetrics
 from picker.prefix.blocks import BlockHasher
 from picker.record import Recorder
-from picker.replicas.service import Replicas
 from picker.request_limits import KUBERNETES, build_limits, build_rewriting, tell_rewriting
 from picker.rewrite_metrics import RewriteMetrics
 from picker.runtime import Runtime
 from picker.sources.file import FileSource, Terms, load_endpoints
-from picker.sources.ingest import Ingest
-from picker.sources.kv_events import KvEventSource
-from picker.sources.kv_snapshot import Snapshots
 from picker.sources.roster import Roster
 from picker.sources.scrape import AiohttpFetch, Fetch, Manners, ScrapeSource, plainly
 from picker.telemetry import Telemetry
 from picker.types import Fact
+
+if TYPE_CHECKING:  # what few need is brought when it is asked for
+    from picker.exact_mode import ExactMode
+    from picker.replicas.service import Replicas
+    from picker.sources.ingest import Ingest
+    from picker.sources.kv_events import KvEventSource
+    from picker.sources.kv_snapshot import Snapshots
 
 log = logging.getLogger("picker.app")
 
@@ -75,11 +76,11 @@ class App:
     def __init__(self, config: Config, *, clock: Clock = time.monotonic, secret: bytes | None = None) -> None:
         self.config = config
         self.telemetry = Telemetry(CollectorRegistry())
-        self.replicas = Replicas(config.replicas, listen=listen) if config.replicas.wanted else None
+        self.replicas = _replicas(config)
         # Hashes that replicas tell each other must be those of one secret, whoever is started by whom.
         secret = self.replicas.hashing if self.replicas is not None else secret or os.urandom(32)
         self.secret = secret
-        self.exact = None if config.exact.mode == "off" else ExactMode(config.exact, secret)
+        self.exact = _exact(config, secret)
         self.discovery = build_discovery(config, clock)
         self.rewriting = build_rewriting(config)
         if self.discovery is not None:
@@ -256,7 +257,7 @@ class App:
             if self.election is not None:
                 background.append(group.create_task(self.election.run(self.get_informed)))
             background += [group.create_task(source.run(self.runtime.emit)) for source in (scraper, *self.sources)]
-            await self._serve([*frontends, partial(serve_api, self.config, self.runtime)], stop)
+            await self._serve([*frontends, *self._api()], stop)
             if self.snapshots is not None:
                 await self.snapshots.finish()
             if self.election is not None:
@@ -264,8 +265,17 @@ class App:
             for task in background:
                 task.cancel()
 
+    def _api(self) -> list[Serve]:
+        if self.config.api.port is None:
+            return []
+        from picker.api_service import serve_api  # gRPC and Envoy's messages: 9 MB
+
+        return [partial(serve_api, self.config, self.runtime)]
+
     async def _hear(self, exact: ExactMode, fetch: Fetch, rng: random.Random) -> None:
         """KV events: from the engines through what works on them to the scheduler."""
+        from picker.sources.kv_events import KvEventSource
+
         config = self.config.exact
         events = KvEventSource(
             fetch,
@@ -300,6 +310,22 @@ class App:
         if self.election is not None:
             self.election.resign()
         self.runtime.drain()
+
+
+def _replicas(config: Config) -> Replicas | None:
+    if not config.replicas.wanted:
+        return None
+    from picker.replicas.service import Replicas  # and what seals their words: 6 MB
+
+    return Replicas(config.replicas, listen=listen)
+
+
+def _exact(config: Config, secret: bytes) -> ExactMode | None:
+    if config.exact.mode == "off":
+        return None
+    from picker.exact_mode import ExactMode  # and ZeroMQ: 3 MB
+
+    return ExactMode(config.exact, secret)
 
 
 def _path(name: str | None) -> Path | None:

@@ -8,26 +8,27 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from picker.access_log import RequestLog
 from picker.app import App, Serve
-from picker.commands import proxy_envoy
 from picker.commands.grouped_help import GroupedCommand
 from picker.commands.options import routing_config, routing_options, run
 from picker.commands.proxy_control import Doors, ProxyControl
 from picker.config import DATA_PLANES, Config
 from picker.engine_survey import survey
 from picker.envoy_folder import own_folder
-from picker.envoy_process import Running
 from picker.frontends.proxy import Proxy
 from picker.frontends.serving import listen, port_of
 from picker.signals import stopping_on_signals
 from picker.sources.scrape import Manners
 from picker.startup_summary import Summary, show
+
+if TYPE_CHECKING:
+    from picker.envoy_process import Running
 
 _GROUPS = {
     "Where requests go": ("--endpoint", "--endpoints-file", "--tokenizer", "--max-inflight", "--first-byte-timeout"),
@@ -178,6 +179,8 @@ async def _part(app: App, proxy: Proxy, leaving: asyncio.Event, stop: asyncio.Ev
 
 async def _serve_by_envoy(app: App, doors: Doors, beside: Beside, leaving: asyncio.Event) -> None:
     """As `serve`, with an Envoy of its own for the bytes."""
+    from picker.commands import proxy_envoy  # which brings Envoy's messages: 9 MB that few need
+
     stop = asyncio.Event()
     with own_folder() as path:
         plane = proxy_envoy.build(app, path, doors, beside.journal)
