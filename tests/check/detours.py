@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
-from check.envoys import PATIENCE, Late, Maker, honest
+from check.envoys import ROOM, Late, Maker, honest
 from picker.check import rig
 from picker.check.frames import DESTINATION, ProcessingRequest, ProcessingResponse
 from picker.check.pods import Pods
@@ -37,7 +37,7 @@ class Mutant:
 
 class Wrong(Reference):
     def __init__(self, endpoints: Pods) -> None:
-        super().__init__(Late(endpoints), max_inflight=PATIENCE)
+        super().__init__(Late(endpoints), max_inflight=ROOM)
         self.endpoints = endpoints
 
 

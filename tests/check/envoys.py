@@ -21,7 +21,7 @@ from picker.envoy import Json, Topology
 
 # Requests that an endpoint gets: what the checks have under way at once, though a slow machine is late to see them end;
 # and not so many that there were room for `OVERLOAD`.
-PATIENCE = 12
+ROOM = 12
 
 Maker = Callable[[Pods], Reference]
 
@@ -29,7 +29,7 @@ Maker = Callable[[Pods], Reference]
 def honest(topology: Topology) -> Maker:
     """ORIGINAL_DST takes a list of endpoints for one address."""
     fallbacks = topology is Topology.OVERRIDE_HOST
-    return lambda endpoints: Reference(Late(endpoints), max_inflight=PATIENCE, fallbacks=fallbacks)
+    return lambda endpoints: Reference(Late(endpoints), max_inflight=ROOM, fallbacks=fallbacks)
 
 
 class Late:
