@@ -161,6 +161,15 @@ def test_the_oldest_version_of_tls_is_said_as_kubernetes_says_it(
     assert started[0].epp.tls_min_version == version
 
 
+def test_lean_mode_does_not_record_what_nobody_tells(started: list[Config], tmp_path: Path) -> None:
+    config = tmp_path / "picker.yaml"
+    config.write_text("record: trace.jsonl\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="record: in lean mode nobody tells how long answers are; take --mode full"):
+        call("--config", str(config), "--mode", "lean")
+    assert call("--config", str(config)).exit_code == 0
+    assert [each.record for each in started] == ["trace.jsonl"]
+
+
 def test_an_unknown_flag_is_an_error_with_the_nearest_name(started: list[Config]) -> None:
     done = call("--metrics-prot", "9090")
     assert done.exit_code == 2

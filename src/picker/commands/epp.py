@@ -120,6 +120,8 @@ def command(
     )
     for warning in warnings(given):
         log.warning("%s", warning)
+    if config.record is not None and config.epp.mode == "lean":
+        raise ConfigError("record: in lean mode nobody tells how long answers are; take --mode full")
     if config.epp.workers > 1:
         from picker.commands.epp_workers import serve_with_workers
 
