@@ -8,6 +8,7 @@ import pytest
 
 from picker import envoy
 from picker.data_plane import Asking, Door, Folder, Serving, certificate, gateway, members, write_whole
+from picker.data_plane_usage import reading
 from picker.envoy import validate
 from picker.errors import ConfigError
 from picker.frontends.certificates import self_signed
@@ -80,7 +81,7 @@ def test_requests_that_are_sure_to_have_a_body_are_told_in_one_message_where_nob
     asking = whole["typed_per_filter_config"]["envoy.filters.http.ext_proc"]["overrides"]["processing_mode"]
     assert (asking["request_header_mode"], asking["request_body_mode"]) == ("SKIP", "BUFFERED")
     assert everything["match"] == {"prefix": "/"}
-    asking, holding, _ = manager(made(tmp_path, asked=("x-session-id",)))["http_filters"]
+    asking, holding, *_ = manager(made(tmp_path, asked=("x-session-id",)))["http_filters"]
     assert "request.headers['x-session-id']" in asking["typed_config"]["request_attributes"]
     assert holding["disabled"]
 
@@ -105,7 +106,7 @@ def test_the_endpoint_is_named_unless_that_is_off(tmp_path: Path) -> None:
 
 def test_ranks_of_one_engine_are_one_member() -> None:
     ranks = [Endpoint(f"10.0.0.1:8000#{rank}", "10.0.0.1:8000", rank=rank) for rank in (0, 1)]
-    (resource,) = members([*ranks, Endpoint("b", "[fd00::2]:8000")], {})["resources"]
+    (resource,) = members([*ranks, Endpoint("b", "[fd00::2]:8000")], {}, {})["resources"]
     found = resource["endpoints"][0]["lb_endpoints"]
     assert [each["endpoint"]["address"]["socket_address"]["address"] for each in found] == ["10.0.0.1", "fd00::2"]
     assert [each["metadata"]["filter_metadata"]["picker"]["name"] for each in found] == ["10.0.0.1:8000", "b"]
@@ -113,11 +114,61 @@ def test_ranks_of_one_engine_are_one_member() -> None:
 
 def test_https_members_are_spoken_to_by_tls_under_their_name() -> None:
     endpoints = [Endpoint("a", "10.0.0.1:443", scheme="https"), Endpoint("b", "10.0.0.2:80")]
-    (resource,) = members(endpoints, {"10.0.0.1:443": "a.example"})["resources"]
+    (resource,) = members(endpoints, {"a": "a.example"}, {})["resources"]
     first, second = resource["endpoints"][0]["lb_endpoints"]
     assert first["endpoint"]["hostname"] == "a.example"
     assert first["metadata"]["filter_metadata"]["envoy.transport_socket_match"] == {"tls": True}
     assert "envoy.transport_socket_match" not in second["metadata"]["filter_metadata"]
+
+
+def test_what_shares_an_address_is_shown_one_key_under_the_name_it_belongs_to() -> None:
+    """A client's key never goes where there is one, nor a key to another's name."""
+    endpoints = [Endpoint(name, "10.0.0.1:443", scheme="https") for name in "abc"]
+    hosts = {name: f"{name}.example" for name in "abc"}
+    (resource,) = members(endpoints, hosts, {"b": "Bearer b", "c": "Bearer c"})["resources"]
+    (found,) = resource["endpoints"][0]["lb_endpoints"]
+    assert found["metadata"]["filter_metadata"]["picker"] == {"name": "10.0.0.1:443", "authorization": "Bearer b"}
+    assert found["endpoint"]["hostname"] == "b.example"
+
+
+def test_what_clients_show_is_remembered_only_where_it_may_go_on(tmp_path: Path) -> None:
+    def names(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+        pool = config["static_resources"]["clusters"][0]
+        (options,) = pool["typed_extension_protocol_options"].values()
+        found = (
+            [each["name"] for each in filters] for filters in (manager(config)["http_filters"], options["http_filters"])
+        )
+        return next(found), next(found)
+
+    mutation, codec = "envoy.filters.http.header_mutation", "envoy.filters.http.upstream_codec"
+    coming, each_try = names(made(tmp_path, pass_on=False))
+    assert "envoy.filters.http.set_filter_state" not in coming
+    assert each_try == [mutation, codec]
+    coming, each_try = names(made(tmp_path))
+    assert coming[-2:] == ["envoy.filters.http.set_filter_state", "envoy.filters.http.router"]
+    assert each_try == [mutation, "unless-keyed", codec]
+
+
+@pytest.mark.parametrize(("kept", "digits"), [(99_998, 4), (99_999, 5), (2**20, 6), (2**30, 6)])
+def test_answers_are_read_that_fit_into_what_envoy_keeps(kept: int, digits: int) -> None:
+    _, small = reading(kept)
+    (large,) = small["typed_config"]["xds_matcher"]["matcher_list"]["matchers"]
+    length = large["predicate"]["not_matcher"]["single_predicate"]["value_match"]["safe_regex"]["regex"]
+    assert length == f"[0-9]{{1,{digits}}}"
+
+
+def test_answers_are_read_for_a_recording_alone(tmp_path: Path) -> None:
+    filters = [each["name"] for each in manager(made(tmp_path, usage=True))["http_filters"]]
+    assert filters[-3:] == ["envoy.filters.http.sse_to_metadata", "if-small", "envoy.filters.http.router"]
+    assert "to_metadata" not in json.dumps(made(tmp_path))
+
+
+def test_files_are_for_nobody_else_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "pool.json"
+    path.with_name("pool.json.new").touch(0o644)
+    for _ in range(2):
+        write_whole(path, {})
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -133,15 +184,15 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 @needs_envoy
 @pytest.mark.parametrize("host", ["127.0.0.1", "::", "0.0.0.0"])
 def test_envoy_accepts_it(tmp_path: Path, host: str) -> None:
-    write_whole(Folder(tmp_path).pool, members([Endpoint("a", "10.0.0.1:443")], {}))
+    write_whole(Folder(tmp_path).pool, members([Endpoint("a", "10.0.0.1:443")], {}, {"a": "Bearer k"}))
     validate(made(tmp_path, host=host))
-    validate(made(tmp_path, host=host, asked=("x-session-id",)))
+    validate(made(tmp_path, host=host, asked=("x-session-id",), pass_on=False))
 
 
 @needs_envoy
 def test_envoy_accepts_tls_both_ways(tmp_path: Path) -> None:
     endpoint = Endpoint("a", "10.0.0.1:443", scheme="https")
-    write_whole(Folder(tmp_path).pool, members([endpoint], {"10.0.0.1:443": "a.example"}))
+    write_whole(Folder(tmp_path).pool, members([endpoint], {"a": "a.example"}, {}))
     chain, key = (text.decode() for text in self_signed(["localhost"]))
     write_whole(Folder(tmp_path).secret, certificate(chain, key))
     ca, own = tmp_path / "ca.pem", tmp_path / "own.pem"
@@ -154,14 +205,3 @@ def test_envoy_accepts_tls_both_ways(tmp_path: Path) -> None:
         Asking(insecure=True),
     ):
         validate(made(tmp_path, serving=serving, asking=asking))
-
-
-def test_what_clients_say_of_themselves_goes_on_unless_endpoints_get_something_else(tmp_path: Path) -> None:
-    untouched = virtual_host(made(tmp_path))
-    assert not {"authorization", "x-api-key"} & {*untouched["request_headers_to_remove"]}
-    taken = virtual_host(made(tmp_path, authorization=""))
-    assert taken["request_headers_to_remove"][-2:] == ["authorization", "x-api-key"]
-    replaced = virtual_host(made(tmp_path, authorization="Bearer k"))
-    assert replaced["request_headers_to_remove"][-1] == "x-api-key"
-    assert "authorization" not in replaced["request_headers_to_remove"]
-    assert replaced["request_headers_to_add"][-1]["header"] == {"key": "authorization", "value": "Bearer k"}

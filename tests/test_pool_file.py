@@ -26,8 +26,10 @@ class Names:
 
 
 @asynccontextmanager
-async def pool(tmp_path: Path, names: Names, *facts: Fact) -> AsyncIterator[PoolFile]:
-    made = PoolFile(Folder(tmp_path), find=names.find, again=0.001)
+async def pool(
+    tmp_path: Path, names: Names, *facts: Fact, keys: dict[str, str] | None = None
+) -> AsyncIterator[PoolFile]:
+    made = PoolFile(Folder(tmp_path), shown=(keys or {}).get, find=names.find, again=0.001)
     for fact in facts:
         made.observe(fact)
     async with asyncio.TaskGroup() as group:
@@ -44,7 +46,7 @@ def shown(tmp_path: Path) -> list[str]:
 
 
 async def becomes(tmp_path: Path, wanted: list[str]) -> None:
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60):
         while shown(tmp_path) != wanted:  # noqa: ASYNC110 a file makes no event
             await asyncio.sleep(0)
 
@@ -108,3 +110,37 @@ async def test_a_name_that_is_not_known_yet_is_left_out_until_it_is(tmp_path: Pa
         assert shown(tmp_path) == []
         names.known["pod"] = ["fd00::7"]
         await becomes(tmp_path, ["fd00::7:80"])
+
+
+def keys_shown(tmp_path: Path) -> list[str | None]:
+    (assignment,) = json.loads((tmp_path / "pool.json").read_text())["resources"]
+    told = [each["metadata"]["filter_metadata"]["picker"] for each in assignment["endpoints"][0]["lb_endpoints"]]
+    return [each.get("authorization") for each in told]
+
+
+async def test_keys_are_written_and_written_again_when_they_change(tmp_path: Path) -> None:
+    a, b = (EndpointAdded(Endpoint(name, f"10.0.0.{number}:80")) for number, name in ((1, "a"), (2, "b")))
+    keys = {"b": "Bearer one"}
+    async with pool(tmp_path, Names(), a, b, keys=keys) as made:
+        assert keys_shown(tmp_path) == [None, "Bearer one"]
+        keys |= {"a": "Bearer two", "b": "Bearer three"}
+        made.look_again()
+        async with asyncio.timeout(60):
+            while keys_shown(tmp_path) != ["Bearer two", "Bearer three"]:  # noqa: ASYNC110 a file makes no event
+                await asyncio.sleep(0)
+
+
+async def test_different_keys_at_one_address_are_told_once_and_not_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = Names(one=["10.0.0.7"], two=["10.0.0.7"])
+    facts = [EndpointAdded(Endpoint(f"{name}:80", f"{name}:80")) for name in ("one", "two")]
+    keys = {"one:80": "Bearer sesame", "two:80": "Bearer other"}
+    async with pool(tmp_path, names, *facts, keys=keys):
+        names.asked.clear()
+        await names.asked.wait()
+        names.asked.clear()
+        await names.asked.wait()
+    told = "one:80, two:80 are all at 10.0.0.7:80 and have different keys: it is shown the first of them"
+    assert [record.message for record in caplog.records] == [told]
+    assert keys_shown(tmp_path) == ["Bearer sesame"]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from picker.data_plane_keys import AUTHORIZATION, METADATA, of_each_try, put_aside
+from picker.data_plane_usage import reading
 from picker.envoy import (
     EXT_PROC_FILTER,
     EXTENSIONS,
@@ -35,14 +37,12 @@ from picker.types import Endpoint
 from picker.wire.extproc import CONTROL_HEADERS, DESTINATION, LOAD_BALANCING
 from picker.wire.own_envoy import CARRIED, attributes, carried
 
-# Where a member's name stands among what Envoy knows of it.
-_OURS = "picker"
 _TLS_MATCH = "envoy.transport_socket_match"
 _TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 _API = "type.googleapis.com/envoy.config."
 _BEYOND = 64 * 1024
-_CREDENTIALS = ("authorization", "x-api-key")
 _CERTIFICATE = "certificate"
+_MODE = 0o600
 # As old as what picker knows of an endpoint may be by it; twice as seldom saves less than a hundredth of its work.
 _FLUSH = "0.05s"
 _BUFFER = "envoy.filters.http.buffer"
@@ -123,11 +123,10 @@ class Door:
     max_body_bytes: as much of a request is kept for another try. head_timeout, body_timeout: seconds for the head and
     for the whole of a request; idle_timeout: without one. max_head_bytes, max_headers: of a head. connections: of
     clients at one time. name_endpoint: tell clients who served them. serving: None for plain HTTP. decision: seconds
-    that picker may take. authorization: what
-    endpoints get as such instead of what clients say; "": nothing; None: clients' own. asked: headers that decisions
-    depend on, in lower case, for picker to be told of a request in one message as soon as its body is there; None: in
-    two, its head first, so that nobody without a key has a body kept. via: what requests are sent on with to be known
-    if they come back.
+    that picker may take. pass_on: endpoints without a key of their own get the clients'. usage: answers are read for
+    the tokens that engines tell. asked: headers that decisions depend on, in lower case, for picker to be told of a
+    request in one message as soon as its body is there; None: in two, its head first, so that nobody without a key has
+    a body kept. via: what requests are sent on with to be known if they come back.
     """
 
     host: str
@@ -146,7 +145,8 @@ class Door:
     name_endpoint: bool = True
     serving: Serving | None = None
     asking: Asking = Asking()
-    authorization: str | None = None
+    pass_on: bool = True
+    usage: bool = False
     asked: tuple[str, ...] | None = None
     via: str | None = None
 
@@ -197,7 +197,12 @@ def _listener(door: Door, port: int, folder: Folder) -> Json:
         early_header_mutation_extensions=[_strip_orders()],
         preserve_external_request_id=True,
         route_config={"name": GATEWAY, "virtual_hosts": [_virtual_host(door)]},
-        http_filters=[_ask(door), _hold(door), router_filter(suppress_envoy_headers=True)],
+        http_filters=[
+            *(_ask(door), _hold(door)),
+            *([put_aside()] if door.pass_on else []),
+            *(reading(door.max_body_bytes + _BEYOND) if door.usage else []),
+            router_filter(suppress_envoy_headers=True),
+        ],
         local_reply_config=_own_words(),
         access_log=[feedback_log(_FLUSH)],
     )
@@ -291,13 +296,9 @@ def _virtual_host(door: Door) -> Json:
     if door.via is not None:
         another = {"header": {"key": "via", "value": door.via}, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
         host["request_headers_to_add"].append(another)
-    if door.authorization is not None:
-        host["request_headers_to_remove"] += [*_CREDENTIALS] if not door.authorization else [_CREDENTIALS[1]]
-    if door.authorization:
-        host["request_headers_to_add"].append(_header(_CREDENTIALS[0], door.authorization))
     if door.name_endpoint:
         host["response_headers_to_add"] = [
-            _header(ENDPOINT_HEADER, f"%UPSTREAM_METADATA({_OURS}:name)%"),
+            _header(ENDPOINT_HEADER, f"%UPSTREAM_METADATA({METADATA}:name)%"),
             _header(REQUEST_HEADER, f"%REQ({REQUEST_HEADER})%"),
         ]
     return host
@@ -335,8 +336,13 @@ def _pool(door: Door, folder: Folder) -> Json:
         "circuit_breakers": UNLIMITED,
         "transport_socket_matches": [_to_https(door.asking)] if door.asking.ca or door.asking.insecure else [],
     } | http_options(
-        explicit_http_config={"http_protocol_options": {}}, common_http_protocol_options={"idle_timeout": POOL_IDLE}
+        explicit_http_config={"http_protocol_options": {}},
+        common_http_protocol_options={"idle_timeout": POOL_IDLE},
+        http_filters=of_each_try(pass_on=door.pass_on),
     )
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------
 
 
 def _serving_tls(serving: Serving, folder: Folder) -> Json:
@@ -379,15 +385,18 @@ def _seconds(value: float) -> str:
 # --- the pool ----------------------------------------------------------------------------------------------
 
 
-def members(endpoints: Iterable[Endpoint], hosts: dict[str, str]) -> Json:
-    """The pool as Envoy reads it from the file. hosts: names, by address, that certificates are to be of.
+def members(endpoints: Iterable[Endpoint], hosts: Mapping[str, str], shown: Mapping[str, str]) -> Json:
+    """The pool as Envoy reads it from the file. By name of an endpoint:
 
-    Ranks of one engine share its address, and are one member, which is called by the address.
+    hosts: names that certificates are to be of; shown: values of `authorization`, none for what clients say.
+
+    Ranks of one engine share its address, and are one member, which is called by the address and has what the first
+    of them has, or the first that is shown a key: a client's never goes where there is one.
     """
     by_address: dict[str, list[Endpoint]] = {}
     for endpoint in endpoints:
         by_address.setdefault(endpoint.address, []).append(endpoint)
-    found = [_member(address, ranks, hosts.get(address)) for address, ranks in sorted(by_address.items())]
+    found = [_member(address, ranks, hosts, shown) for address, ranks in sorted(by_address.items())]
     assignment = {
         "@type": _API + "endpoint.v3.ClusterLoadAssignment",
         "cluster_name": POOL,
@@ -396,11 +405,14 @@ def members(endpoints: Iterable[Endpoint], hosts: dict[str, str]) -> Json:
     return {"resources": [assignment]}  # a DiscoveryResponse, which must not say so itself
 
 
-def _member(address: str, ranks: list[Endpoint], host: str | None) -> Json:
-    metadata: Json = {_OURS: {"name": ranks[0].name if len(ranks) == 1 else address}}
-    if ranks[0].scheme == "https":
+def _member(address: str, ranks: list[Endpoint], hosts: Mapping[str, str], shown: Mapping[str, str]) -> Json:
+    first = next((each for each in ranks if each.name in shown), ranks[0])
+    metadata: Json = {METADATA: {"name": first.name if len(ranks) == 1 else address}}
+    if first.name in shown:
+        metadata[METADATA][AUTHORIZATION] = shown[first.name]
+    if first.scheme == "https":
         metadata[_TLS_MATCH] = {"tls": True}
-    hostname = {} if host is None else {"hostname": host}
+    hostname = {"hostname": hosts[first.name]} if first.name in hosts else {}
     endpoint = {"address": socket_address(address), **hostname}
     return {"endpoint": endpoint, "metadata": {"filter_metadata": metadata}}
 
@@ -413,7 +425,9 @@ def certificate(chain: str, key: str) -> Json:
 
 
 def write_whole(path: Path, content: Json) -> None:
-    """Replace a file by another in one step: whoever follows it never reads half of it."""
+    """Replace a file by another in one step: whoever follows it never reads half of it, and nobody else any."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content), encoding="utf-8")
+    beside.unlink(missing_ok=True)  # its mode would stay
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE), "w", encoding="utf-8") as file:
+        json.dump(content, file)
     os.replace(beside, path)

@@ -60,6 +60,7 @@ UNLIMITED: Json = {
         }
     ]
 }
+_BACKTRACE = "[backtrace]"
 # uvicorn, and so vLLM, closes a connection idle for 5 s; a request sent at that moment would be lost.
 POOL_IDLE = "4s"
 
@@ -467,8 +468,18 @@ async def _get(url: str) -> str:
         return await response.text()
 
 
+def said(output: str) -> list[str]:
+    """The lines of Envoy's output that may be shown to others.
+
+    Not what a crash prints behind its backtrace: heads with their keys, and bodies, of requests at that moment.
+    """
+    lines = [line for line in output.splitlines() if line.strip()]
+    crash = next((number for number, line in enumerate(lines) if _BACKTRACE in line), len(lines))
+    return lines[:crash] + [line for line in lines[crash:] if line.startswith("[") and _BACKTRACE in line]
+
+
 def complaint(output: str) -> str:
     """The lines of Envoy's log that say why, else its last words."""
-    lines = [line for line in output.splitlines() if line.strip()]
+    lines = said(output)
     loud = [line for line in lines if "[critical]" in line or "[error]" in line]
     return "\n".join((loud or lines)[-5:]) or "it said nothing"

@@ -17,9 +17,8 @@ from subprocess import Popen
 
 import aiohttp
 
-from picker.children import last_lines
 from picker.data_plane import Folder
-from picker.envoy import Json, complaint, find_envoy, start, stop
+from picker.envoy import Json, complaint, find_envoy, said, start, stop
 from picker.errors import ConfigError
 
 log = logging.getLogger("picker.envoy")
@@ -33,6 +32,7 @@ _READY = 30.0
 _LOOK = 0.05
 # Seconds without a request after which connections that are still open are taken to be idle.
 _QUIET = 0.3
+_LAST_LINES = 12
 _LONGEST_SOCKET = 100  # bytes of a path; the kernel takes 107
 
 Sleep = Callable[[float], Awaitable[object]]
@@ -191,7 +191,9 @@ class KeptEnvoy:
             stop(self._process)
 
     def _last_words(self) -> str:
-        return last_lines(self._folder.log) or "none"
+        log = self._folder.log
+        lines = said(log.read_text(errors="replace")) if log.exists() else []
+        return "\n".join(lines[-_LAST_LINES:]) or "none"
 
 
 def _watchable(pid: int) -> int | None:

@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 
 from picker.data_plane import Folder, members, write_whole
@@ -25,6 +25,7 @@ _AGAIN = 5.0
 _PATIENCE = 2.0
 
 LookUp = Callable[[str], Awaitable[list[str]]]
+Shown = Callable[[str], str | None]
 
 
 async def look_up(host: str) -> list[str]:
@@ -36,19 +37,26 @@ async def look_up(host: str) -> list[str]:
 
 
 class PoolFile:
-    """addresses: of endpoints by name, "name:port" to "ip:port"; names: the same the other way round."""
+    """addresses: of endpoints by name, "name:port" to "ip:port"; names: the same the other way round.
 
-    def __init__(self, folder: Folder, *, find: LookUp = look_up, again: float = _AGAIN) -> None:
+    shown: the `authorization` that an endpoint is to get, by its name; None for what clients say.
+    """
+
+    def __init__(
+        self, folder: Folder, *, shown: Shown = lambda name: None, find: LookUp = look_up, again: float = _AGAIN
+    ) -> None:
         self.addresses: dict[str, str] = {}
         self.names: dict[str, str] = {}
         self.written = asyncio.Event()
         self._folder = folder
+        self._shown = shown
         self._find = find
         self._again = again
         self._endpoints: dict[str, Endpoint] = {}
         self._changed = asyncio.Event()
         self._content: Json | None = None
         self._unknown: set[str] = set()
+        self._at_odds: set[str] = set()
 
     def observe(self, fact: Fact) -> None:
         """To be shown every fact; reacts to endpoints that come and go."""
@@ -59,6 +67,10 @@ class PoolFile:
                 self._endpoints.pop(name, None)
             case _:
                 return
+        self._changed.set()
+
+    def look_again(self) -> None:
+        """What endpoints are shown may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -105,14 +117,26 @@ class PoolFile:
 
     def _write(self) -> None:
         known = [each for each in self._endpoints.values() if self._reachable(each)]
-        hosts = {self.addresses[address]: _host(address) for address in self.addresses}
-        content = members(
-            [replace(each, address=self.addresses.get(each.address, each.address)) for each in known], hosts
-        )
+        hosts = {each.name: _host(each.address) for each in known if each.address in self.addresses}
+        found = [replace(each, address=self.addresses.get(each.address, each.address)) for each in known]
+        shown = {each.name: value for each in known if (value := self._shown(each.name)) is not None}
+        self._warn(found, shown)
+        content = members(found, hosts, shown)
         if content != self._content:
             write_whole(self._folder.pool, content)
             self._content = content
         self.written.set()
+
+    def _warn(self, endpoints: Iterable[Endpoint], shown: Mapping[str, str]) -> None:
+        """Of endpoints that are one to Envoy, and are to be shown different keys."""
+        found: dict[str, list[str]] = {}
+        for each in endpoints:
+            found.setdefault(each.address, []).append(each.name)
+        odd = {address: names for address, names in found.items() if len({shown.get(name) for name in names}) > 1}
+        for address in odd.keys() - self._at_odds:
+            names = ", ".join(odd[address])
+            log.warning("%s are all at %s and have different keys: it is shown the first of them", names, address)
+        self._at_odds = set(odd)
 
     def _reachable(self, endpoint: Endpoint) -> bool:
         return endpoint.address in self.addresses or not _is_name(_host(endpoint.address))

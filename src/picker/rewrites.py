@@ -78,13 +78,15 @@ class Rewriting:
 
     draw: a number from 0 up to 1, uniformly random. origins: who makes rules; those of the first come first.
     heeds_header: whether a header of the request may name its target. counts: of choices that were followed, by
-    rewrite, model asked for and target. on_put: told who has put which rules, for others who apply them.
+    rewrite, model asked for and target. on_put: told who has put which rules, for others who apply them. aliases: the
+    models that rules name, in order, each with the different targets of its rule.
     """
 
     def __init__(self, draw: Callable[[], float], origins: tuple[str, ...], *, heeds_header: bool = False) -> None:
         self.heeds_header = heeds_header
         self.counts: dict[tuple[str, str, str], int] = {}
         self.on_put: Callable[[str, Sequence[Rule]], None] = lambda origin, rules: None
+        self.aliases: Mapping[str, tuple[str, ...]] = {}
         self._draw = draw
         self._rules: dict[str, tuple[Rule, ...]] = dict.fromkeys(origins, ())
         self._exact: dict[str, Rule] = {}
@@ -97,6 +99,7 @@ class Rewriting:
         ordered = [rule for each in self._rules.values() for rule in each]
         self._exact = {model: rule for rule in reversed(ordered) for model in rule.models or ()}
         self._general = next((rule for rule in ordered if rule.models is None), None)
+        self.aliases = {model: tuple(dict.fromkeys(rule.targets)) for model, rule in sorted(self._exact.items())}
         self.on_put(origin, self._rules[origin])
 
     def choose(self, model: str | None, headers: Mapping[str, str]) -> Choice | None:

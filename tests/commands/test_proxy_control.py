@@ -330,22 +330,19 @@ def test_an_open_port_can_change_its_certificate_and_never_begin_with_tls(tmp_pa
     assert Running({"endpoints": ["a:1"]}).reload(tls("one"))["applied"] == []
 
 
-def test_beside_envoy_endpoints_have_no_keys_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file, values = tmp_path / "pool.yaml", {"proxy": {"data_plane": "envoy"}}
-    keyed = {"address": "b:2", "api_key": "sk-b"}
-    file.write_text("endpoints: [{address: 'c:3', api_key: sk-c}]")
-    with pytest.raises(ConfigError, match="'b:2': api_key"):
-        control_of(values | {"endpoints": [keyed]})
-    with pytest.raises(ConfigError, match="'c:3': api_key"):
-        control_of(values | {"endpoints_file": str(file)})
-    running = Running(values | {"endpoints": ["a:1"]})
-    with pytest.raises(ConfigError, match="api_key"):
-        running.control.add(keyed)
-    assert "api_key" in running.reload(values | {"endpoints": ["a:1", keyed]})["error"]
-    assert running.pool == {"a:1"}
-    running.control.app._note_terms({"c:3": Terms(key="sk-c")})
-    assert "it is not sent" in caplog.text
-    assert "sk-c" not in caplog.text
+def test_beside_envoy_keys_of_endpoints_change_and_whether_clients_are_passed_on_does_not(tmp_path: Path) -> None:
+    file, values = tmp_path / "keys", {"endpoints": ["a:1"], "proxy": {"data_plane": "envoy"}}
+    file.write_text("team:sk-team")
+    running = Running(values)
+    trust, told = running.control.doors.trust, []
+    trust.listen(lambda: told.append((trust.authorization("a:1"), trust.authorization("b:2"))))
+    running.control.add({"address": "b:2", "api_key": "sk-b"})
+    assert running.reload(values | {"upstream": {"api_key": "sk-all"}})["applied"] == ["upstream.api_key"]
+    assert told == [(None, "Bearer sk-b"), ("Bearer sk-all", "Bearer sk-b")]
+    because = "whether clients' keys go to endpoints is told to Envoy at its start"
+    found = running.reload(values | {"upstream": {"api_key": "sk-all"}, "keys": {"file": str(file)}})
+    assert found["why"] == {"keys.file": because}
+    assert running.control.doors.keys.open
 
 
 def test_envoy_has_been_told_most_at_its_start() -> None:
@@ -423,7 +420,7 @@ async def test_no_request_fails_while_the_configuration_changes_again_and_again(
                     await asyncio.sleep(0)
 
         async def load() -> None:
-            async with httpx.AsyncClient(timeout=20) as client, asyncio.TaskGroup() as group:
+            async with httpx.AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
                 for _ in range(4):
                     group.create_task(ask(client))
                 group.create_task(change())

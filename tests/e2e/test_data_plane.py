@@ -74,6 +74,7 @@ async def gateway(
     if journal is not None:
         app.telemetry.watch(journal)
     doors = Doors(config, key)
+    doors.export(app)
     plane = proxy_envoy.build(app, tmp_path, doors, journal)
     leave, stop = asyncio.Event(), asyncio.Event()
     begun: asyncio.Future[Running] = asyncio.get_running_loop().create_future()

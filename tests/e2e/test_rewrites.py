@@ -106,6 +106,11 @@ class World:
     client: aiohttp.ClientSession
     log: Path
 
+    async def listed(self) -> dict[str, str]:
+        """The names that clients are told, and what each stands for."""
+        async with self.client.get(self.url + "/v1/models") as response:
+            return {entry["id"]: entry.get("root", entry["id"]) for entry in (await response.json())["data"]}
+
     async def post(self, path: str = CHAT, **options: Any) -> tuple[int, bytes]:
         async with self.client.post(self.url + path, **options) as response:
             return response.status, await response.read()
@@ -201,7 +206,7 @@ async def _front(
     """Begin to serve; returns where."""
     if way == "proxy":
         listener = listen("127.0.0.1", 0)
-        proxy = Proxy(app.runtime, grace=0.5, journal=journal)
+        proxy = Proxy(app.runtime, grace=0.5, journal=journal, merge_models=True)
         group.create_task(app.run([lambda stop: proxy.serve(listener, stop)], stop))
         return f"http://127.0.0.1:{port_of(listener)}"
     if way.startswith("own envoy"):
@@ -276,6 +281,21 @@ async def test_weights_changed_while_requests_run_apply_to_the_next(way: str, tm
         this.rewrite(v2=1)
         await this.chat()
         assert not this.engines["v1"].asked
+
+
+@pytest.mark.parametrize("way", ["proxy", pytest.param("own envoy", marks=needs_envoy)])
+async def test_names_that_are_rewritten_are_listed_by_the_rules_in_force(way: str, tmp_path: Path) -> None:
+    async with world(way, tmp_path, {"chat": {"v2": 1}, "nobody": {"v3": 1}}) as this:
+        served = {"v1": "v1", "v2": "v2"}
+        assert await this.listed() == served | {"chat": "v2"}
+        async with this.client.get(this.url + "/v1/models/chat") as response:
+            assert (response.status, (await response.json())["id"]) == (200, "chat")
+        async with this.client.get(this.url + "/v1/models/nobody") as response:
+            assert response.status == 404
+        this.rewrite(v1=1, v2=1)
+        assert await this.listed() == served | {"chat": "chat"}
+        this.rewrite(v3=1)
+        assert await this.listed() == served
 
 
 @pytest.mark.parametrize("way", FOLLOWING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from aiohttp import web
 
 from frontends.fake_upstream import FakeUpstream, RefusingPort, upstream
 from picker.exchange import Respond
-from picker.frontends.models import ModelsPage, merged
+from picker.frontends.models import ModelsPage, merged, with_aliases
 from picker.frontends.upstream import Upstream
+from picker.rewrites import Rewriting, build_rule
 from picker.types import Endpoint
 
 
@@ -53,6 +55,59 @@ def test_adapters_come_behind_their_models_and_the_shortest_context_counts() -> 
     found = merged([[adapter, entry("base", max_model_len=8192)], [entry("base", max_model_len=4096), entry("other")]])
     assert [(each["id"], each["parent"]) for each in found] == [("base", None), ("other", None), ("lora", "base")]
     assert [each.get("max_model_len") for each in found] == [4096, None, None]
+
+
+def aliases_of(*entries: dict[str, Any], **aliases: list[str]) -> list[dict[str, Any]]:
+    """What is listed behind the entries."""
+    found = with_aliases(entries, aliases)
+    assert found[: len(entries)] == list(entries)
+    return found[len(entries) :]
+
+
+def test_an_alias_of_one_model_is_listed_as_that_model_by_another_name() -> None:
+    base = entry("base", max_model_len=8192, created=7, owned_by="me", permission=[{"id": "p"}])
+    lora = entry("lora", root="/adapters/lora", parent="base", max_model_len=None)
+    chat, also = aliases_of(base, lora, chat=["base"], also=["lora"])
+    assert chat == base | {"id": "chat", "root": "base"}
+    assert also == lora | {"id": "also", "root": "lora"}
+
+
+def test_an_alias_of_several_models_stands_for_itself_with_the_shortest_context_that_is_known() -> None:
+    entries = [entry("a", max_model_len=8192), entry("b", max_model_len=4096), entry("c", max_model_len=None)]
+    (chat,) = aliases_of(*entries, chat=["a", "b", "c", "gone"])
+    assert (chat["root"], chat["parent"], chat["max_model_len"]) == ("chat", None, 4096)
+    (chat,) = aliases_of(*entries, chat=["c", "gone"])
+    assert (chat["root"], "max_model_len" in chat) == ("chat", False)
+
+
+def test_an_alias_is_listed_once_and_only_where_one_of_its_models_is() -> None:
+    assert aliases_of(entry("base"), entry("other"), base=["other"], chat=["gone"], both=["gone", "away"]) == []
+
+
+async def test_aliases_are_those_of_now_though_the_list_is_kept() -> None:
+    rewriting = Rewriting(random.Random(1).random, ("here",))
+    async with (
+        upstream(listing(entry("one", max_model_len=10))) as a,
+        page(a.address, aliases=lambda: rewriting.aliases) as models,
+    ):
+        assert ids(await models.answer("/v1/models", [])) == ["one"]
+        targets = [("one", 9), ("one", 1)]  # the same one twice is one
+        rewriting.put("here", [build_rule("r", ("gpt/4", "chat"), targets), build_rule("all", (), [("one", None)])])
+        assert ids(await models.answer("/v1/models", [])) == ["one", "chat", "gpt/4"]
+        found = json.loads((await models.answer("/v1/models/gpt%2F4", [])).body)
+        assert (found["id"], found["root"], found["max_model_len"]) == ("gpt/4", "one", 10)
+        nope = await models.answer("/v1/models/nope", [])
+        assert "one, chat, gpt/4" in json.loads(nope.body)["error"]["message"]
+        rewriting.put("here", [])
+        assert (await models.answer("/v1/models/chat", [])).status == 404
+        assert len(a.seen) == 1
+
+
+async def test_where_nobody_answers_what_is_known_is_listed_by_its_other_names_too() -> None:
+    gone = RefusingPort()
+    async with page(gone.address, known=("one",), aliases=lambda: {"chat": ["one"], "b": ["two"]}) as models:
+        assert ids(await models.answer("/v1/models", [])) == ["one", "chat"]
+    gone.close()
 
 
 async def test_the_models_of_all_endpoints_are_one_list() -> None:
@@ -111,6 +166,22 @@ async def test_a_refused_key_is_told_to_the_client() -> None:
     async with upstream(refuse) as a, page(a.address) as models:
         answer = await models.answer("/v1/models", [])
         assert (answer.status, answer.body) == (401, b'{"error": "Unauthorized"}')
+
+
+async def test_a_refusal_that_is_a_web_page_is_an_answer_for_keys_only() -> None:
+    status = 404
+
+    async def refuse(request: web.Request, body: bytes) -> web.StreamResponse:
+        return web.Response(text="<html>Go away</html>", content_type="text/html", status=status)
+
+    async with upstream(refuse) as a, page(a.address) as models:
+        answer = await models.answer("/v1/models", [])
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, 503)
+    async with upstream(refuse) as a, page(a.address, known=("one",), keep=0.0) as models:
+        assert ids(await models.answer("/v1/models", [])) == ["one"]
+        status = 403
+        answer = await models.answer("/v1/models", [])
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (403, 403)
 
 
 async def test_where_nobody_answers_what_is_known_is_listed_else_it_is_an_error() -> None:

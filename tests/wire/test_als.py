@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picker.errors import WireError
-from picker.types import FailureReason
-from picker.wire.als import Ended, decode
+from picker.types import FailureReason, Usage
+from picker.wire.als import Counted, Ended, decode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, for how the package declares validators
     from envoy_data_plane.envoy.config.core import v3 as core
     from envoy_data_plane.envoy.data.accesslog import v3 as data
     from envoy_data_plane.envoy.service.accesslog import v3
+    from envoy_data_plane.google.protobuf import Struct, Value
 
 HEADER = "x-picker-request-id"
 
@@ -60,6 +61,17 @@ def test_an_entry_tells_who_served_how_long_and_how_it_ended() -> None:
 
 def test_what_an_entry_does_not_say_is_absent() -> None:
     assert decode(message(entry()), HEADER) == [Ended(None, "", 0, None, None, None, None)]
+
+
+def test_what_a_data_plane_has_read_of_an_answer_is_told_with_its_end() -> None:
+    counts = Struct(
+        {name: Value(number_value=count) for name, count in (("prompt_tokens", 9), ("completion_tokens", 3))}
+    )
+    metadata = core.Metadata(filter_metadata={"picker.usage": counts})
+    (told,) = decode(message(entry(mark="7", status=200, metadata=metadata)), HEADER)
+    assert told == Counted("7", "", 200, None, None, None, None, usage=Usage(9, 3))
+    elsewhere = core.Metadata(filter_metadata={"envoy.lb": counts})
+    assert decode(message(entry(metadata=elsewhere)), HEADER) == [Ended(None, "", 0, None, None, None, None)]
 
 
 @pytest.mark.parametrize("host", ["fd00::1", "FD00:0:0::1"])

@@ -38,14 +38,12 @@ from picker.frontends.keys import named_key
 from picker.frontends.proxy import Proxy
 from picker.frontends.trust import build_context
 from picker.reload import Commit, NeedsRestartError, Reload
-from picker.sources.file import load_endpoints, load_entries
+from picker.sources.file import load_endpoints
 from picker.sources.roster import Standing, UnknownEndpointError
 from picker.sources.static import leads_to
 from picker.types import Endpoint
 
 __all__ = ["Doors", "ProxyControl"]
-
-log = logging.getLogger("picker.reload")
 
 _POLICY = (
     *("policy", "scorers", "filters", "picker", "profiles", "profile", "profile_header", "prefill_profile"),
@@ -77,7 +75,8 @@ FIXED = {
 # What Envoy has been told in the configuration that it was started with.
 _ENVOY = dict.fromkeys(
     (
-        *("connections", "upstream", "retry.statuses", "keys.pass_on", "queue.timeout_s"),
+        *("connections", "retry.statuses", "keys.pass_on", "queue.timeout_s"),
+        *("upstream.ca", "upstream.cert", "upstream.key", "upstream.server_name", "upstream.insecure"),
         *("limits.max_body_bytes", "limits.max_attempts", "limits.name_endpoint", "epp.max_message_bytes"),
         *("proxy.connect_timeout_s", "proxy.first_byte_timeout_s", "proxy.idle_timeout_s"),
     ),
@@ -104,27 +103,6 @@ class ProxyControl:
         self.reloading = Reload(app.config, load, self._live(), doors.refreshers, watched, self._in_force, fixed)
         set_log_level(app.config)
         require_elsewhere(app.config)
-        if app.config.proxy.data_plane == "envoy":
-            self._refuse_own_keys(keys_of_endpoints(app.config))
-            if app.config.endpoints_file is not None:
-                entries = load_entries(Path(app.config.endpoints_file))
-                self._refuse_own_keys({entry.endpoint.name: entry.terms.key for entry in entries})
-            app.tell_keys = self._warn_of_keys
-
-    def _refuse_own_keys(self, keys: Mapping[str, str | None]) -> None:
-        """Raises ConfigError where Envoy carries the bytes and endpoints have keys of their own, by name."""
-        named = [name for name, key in keys.items() if key is not None]
-        if named and self.app.config.proxy.data_plane == "envoy":
-            raise ConfigError(
-                f"endpoint {named[0]!r}: api_key: --data-plane envoy has one key for all (upstream.api_key)"
-            )
-
-    def _warn_of_keys(self, owner: str, keys: Mapping[str, str | None]) -> None:
-        """Of a file that names keys while Envoy runs."""
-        try:
-            self._refuse_own_keys(keys)
-        except ConfigError as error:
-            log.warning("%s: %s; it is not sent", owner, error)
 
     def admin(self) -> Admin:
         """The admin API, with what can be changed."""
@@ -178,7 +156,6 @@ class ProxyControl:
         key = _key_of(spec)
         endpoint = build_endpoint(spec)
         _require_elsewhere(endpoint, self.app.config)
-        self._refuse_own_keys({endpoint.name: key})
         self.app.roster.add(endpoint)
         if spec.weight != 1.0:
             self.app.roster.weigh(endpoint.name, spec.weight)
@@ -253,7 +230,6 @@ class ProxyControl:
             raise ConfigError("endpoints: there must be one, or a file of them")
         require_elsewhere(config)
         keys = keys_of_endpoints(config)
-        self._refuse_own_keys(keys)
         if len(keys) < len(config.endpoints):
             raise ConfigError("endpoints: two of them have the same name")
         file = None if config.endpoints_file is None else Path(config.endpoints_file)
@@ -351,10 +327,12 @@ class ProxyControl:
         return lambda: certificates.change(pair, oldest)
 
     def _keys(self, config: Config) -> Commit:
-        before, file = self.reloading.config.keys.file, self.doors.key_file(config)
+        before, file = self.reloading.config, self.doors.key_file(config)
+        if before.proxy.data_plane == "envoy" and passes_on(config) != passes_on(before):
+            raise NeedsRestartError("whether clients' keys go to endpoints is told to Envoy at its start")
 
         def commit() -> None:
-            if config.keys.file != before:
+            if config.keys.file != before.keys.file:
                 file()
             self.doors.keys.allowance = allowance(config)
             self.doors.trust.pass_on = passes_on(config)

@@ -16,9 +16,9 @@ from picker import rewrites
 from picker.access_log import RequestLog
 from picker.app import App
 from picker.commands.proxy_control import Doors
-from picker.config import Config, EndpointSpec
 from picker.data_plane import Asking, Door, Folder, Serving, certificate, gateway, write_whole
-from picker.envoy import find_envoy
+from picker.data_plane_usage import trial
+from picker.envoy import find_envoy, validate
 from picker.envoy_process import KeptEnvoy, Running
 from picker.errors import ConfigError
 from picker.exchange import OBJECTIVE_HEADERS, SESSION_HEADERS, Respond, Submit
@@ -27,7 +27,7 @@ from picker.frontends.als import predicted_seconds
 from picker.frontends.extproc import Bounds, ExtProc
 from picker.frontends.grpc_server import GrpcServer
 from picker.frontends.keys import FIELDS
-from picker.frontends.models import ModelsPage, dressed
+from picker.frontends.models import ModelsPage, pool_page
 from picker.frontends.own_extproc import OwnExtProc
 from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
 from picker.frontends.serving import listen
@@ -92,16 +92,18 @@ class Plane:
 def build(app: App, path: Path, doors: Doors, journal: RequestLog | None) -> Plane:
     """path: a folder for their files, which nobody else may enter. Raises ConfigError for what cannot be had."""
     config, folder = app.config, Folder(path)
-    binary = None if config.proxy.envoy_binary is None else _executable(Path(config.proxy.envoy_binary))
+    binary = find_envoy() if config.proxy.envoy_binary is None else _executable(Path(config.proxy.envoy_binary))
     host, port = _free(config.proxy.host, config.proxy.port)
-    _refuse_what_is_not_here(config)
+    if config.record is not None:
+        _require_reading(binary)
     if config.connections.tls_cert is not None:
         secret = SecretFile(folder, Path(config.connections.tls_cert), Path(config.connections.tls_key or ""))
         doors.refreshers["Envoy's certificate"] = secret.refresh
         secret.refresh()
     via = loops.Via()
     door = _door(app, host, doors, via, journal=journal is not None)
-    pool = PoolFile(folder)
+    pool = PoolFile(folder, shown=doors.trust.authorization)
+    doors.trust.listen(pool.look_again)
     app.runtime.listen(pool.observe)  # before any source speaks
     porter = OwnPorter(doors.keys, journal)
     models = PoolModels(app, doors.trust, via)
@@ -126,7 +128,7 @@ def build(app: App, path: Path, doors: Doors, journal: RequestLog | None) -> Pla
         folder,
         port=port,
         threads=config.proxy.envoy_threads or os.cpu_count() or 1,
-        binary=binary or find_envoy(),
+        binary=binary,
     )
     app.telemetry.gauge("picker_envoy_restarts", "Times that Envoy has been started again.", lambda: envoy.restarts)
     return Plane(app, door, folder, envoy, pool, extproc, models)
@@ -147,13 +149,8 @@ class PoolModels:
         if self._page is None:
             timeout = self._app.config.proxy.connect_timeout_s
             self._upstream = Upstream(connect_timeout=timeout, trust=self._trust)
-            self._page = self._made(self._upstream)
+            self._page = pool_page(self._app.runtime, self._upstream, self._trust, self._via)
         return await self._page.answer(path, headers)
-
-    def _made(self, upstream: Upstream) -> ModelsPage:
-        runtime, dress = self._app.runtime, dressed(self._trust, self._via)
-        known = runtime.scheduler.pool.models
-        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dress)
 
     async def close(self) -> None:
         if self._upstream is not None:
@@ -207,28 +204,21 @@ def _door(app: App, host: str, doors: Doors, via: loops.Via, *, journal: bool) -
         asking=Asking(
             upstream.ca or _authorities(), upstream.cert, upstream.key, upstream.server_name, upstream.insecure
         ),
-        authorization=_authorization(trust),
+        pass_on=trust.pass_on,
+        usage=config.record is not None,
         asked=_asked(app, doors, journal=journal),
         via=via.mark[1].decode(),
     )
 
 
-def _authorization(trust: Trust) -> str | None:
-    if trust.key is not None:
-        return f"Bearer {trust.key}"
-    return None if trust.pass_on else ""
-
-
-def _refuse_what_is_not_here(config: Config) -> None:
-    """What Envoy has no place for is an error, not a surprise."""
-    specs = [spec for spec in config.endpoints if isinstance(spec, EndpointSpec)]
-    not_here = {
-        "endpoints: api_key": any(spec.api_key is not None for spec in specs),
-        "record": config.record is not None,
-    }
-    for key, given in not_here.items():
-        if given:
-            raise ConfigError(f"{key}: --data-plane envoy cannot do it; docs/data-plane.md lists what it can")
+def _require_reading(binary: Path) -> None:
+    """Raises ConfigError for an Envoy that cannot read the tokens of answers, without which a recording is none."""
+    try:
+        validate(trial(), binary=binary)
+    except ConfigError:
+        raise ConfigError(
+            "record: --data-plane envoy needs an Envoy that reads tokens in answers, as 1.40 does; this one does not"
+        ) from None
 
 
 class SecretFile:

@@ -23,7 +23,7 @@ from picker.exchange import REQUEST_HEADER
 from picker.frontends.grpc_server import Call, Code, Handler
 from picker.gate import Gate
 from picker.types import Decision, Failed, FailureReason, Finished, ResponseStarted
-from picker.wire.als import REPLY, SERVICE, Ended, decode
+from picker.wire.als import REPLY, SERVICE, Counted, Ended, decode
 
 log = logging.getLogger("picker.als")
 
@@ -206,7 +206,7 @@ class Feedback(AccessLog):
         if ended.failure is not None or not ended.status:
             emit(Failed(waiting.id, ended.failure or _UNHEARD))
         else:
-            emit(Finished(waiting.id, ended.status))
+            emit(Finished(waiting.id, ended.status, ended.usage if isinstance(ended, Counted) else None))
 
     def _meant(self, ended: Ended) -> int:
         """The id of the request that an entry is about; -1 for somebody else's."""

@@ -1,13 +1,13 @@
-"""`GET /v1/models` of the whole pool: what its endpoints serve, as one list.
+"""`GET /v1/models` of the whole pool: what its endpoints serve, as one list, and the other names for it.
 
-Asks every endpoint that answers, with what the client has shown of itself, and keeps the list for a moment. Knows
-nothing of requests that are routed.
+Asks every endpoint that answers, with what the client has shown of itself, and keeps the list for a moment; the other
+names are those of the rules in force at the time. Knows nothing of requests that are routed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import unquote
 
 import msgspec
@@ -18,6 +18,7 @@ from picker.frontends.loops import Via
 from picker.frontends.trust import Trust
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
+from picker.runtime import Runtime
 from picker.types import Endpoint
 from picker.wire import openai
 
@@ -28,6 +29,7 @@ _MOST_KEPT = 64  # lists, by who asks: endpoints may show each key something els
 Headers = tuple[tuple[bytes, bytes], ...]
 Dress = Callable[[Endpoint, Headers], Iterable[tuple[bytes, bytes]]]
 Entry = dict[str, object]
+Aliases = Mapping[str, Sequence[str]]  # a name, and the models that it may stand for
 
 
 class _List(msgspec.Struct):
@@ -35,6 +37,7 @@ class _List(msgspec.Struct):
 
 
 _lists = msgspec.json.Decoder(_List)
+_anything = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def asks_for_models(path: str) -> bool:
@@ -51,11 +54,29 @@ def dressed(trust: Trust, via: Via) -> Dress:
     return dress
 
 
+def pool_page(runtime: Runtime, upstream: Upstream, trust: Trust, via: Via) -> ModelsPage:
+    """The page of all that a runtime routes to, and of the names that it rewrites."""
+
+    def aliases() -> Aliases:
+        rewriting = runtime.limits.rewriting  # another one after a reload
+        return {} if rewriting is None else rewriting.aliases
+
+    return ModelsPage(
+        upstream,
+        endpoints=runtime.answering,
+        known=runtime.scheduler.pool.models,
+        aliases=aliases,
+        clock=runtime.clock,
+        dress=dressed(trust, via),
+    )
+
+
 class ModelsPage:
     """endpoints: those to be asked. known: names of models that the pool has heard of, where nobody answers.
 
-    dress: a client's header fields as they are towards an endpoint, which may want a key of its own. timeout: seconds
-    for an endpoint to answer. keep: seconds that a list is served again.
+    aliases: other names that clients can ask by. dress: a client's header fields as they are towards an endpoint, which
+    may want a key of its own. timeout: seconds for an endpoint to answer. keep: seconds that what endpoints have
+    answered is served again.
     """
 
     def __init__(
@@ -65,6 +86,7 @@ class ModelsPage:
         endpoints: Callable[[], Sequence[Endpoint]],
         known: Callable[[], Sequence[str]],
         clock: Callable[[], float],
+        aliases: Callable[[], Aliases] = dict,
         dress: Dress = lambda endpoint, headers: headers,
         timeout: float = 2.0,
         keep: float = 2.0,
@@ -73,6 +95,7 @@ class ModelsPage:
         self._endpoints = endpoints
         self._known = known
         self._clock = clock
+        self._aliases = aliases
         self._dress = dress
         self._timeout = timeout
         self._keep = keep
@@ -83,6 +106,7 @@ class ModelsPage:
         found = await self._entries(headers)
         if isinstance(found, Respond):
             return found
+        found = with_aliases(found, self._aliases())
         name = unquote(path.removeprefix(PATH).lstrip("/"))
         if not name:
             return _json(200, msgspec.json.encode({"object": "list", "data": found}))
@@ -146,9 +170,16 @@ async def _read(reply: Reply) -> Respond | list[Entry] | None:
         reply.close()
     body = b"".join(pieces)
     if 400 <= reply.status < 500:
-        return _json(reply.status, body)
+        return _refusal(reply.status, body)
     found = openai.attempt(_lists, body) if reply.status == 200 else None
     return None if found is None else [entry for entry in found.data if isinstance(entry.get("id"), str)]
+
+
+def _refusal(status: int, body: bytes) -> Respond | None:
+    """An engine's own words; a web page is something else's, and tells no more than whether the key is refused."""
+    if openai.attempt(_anything, body) is not None:
+        return _json(status, body)
+    return _json(status, openai.error_body(status, "The endpoints refuse this key.")) if status in (401, 403) else None
 
 
 def merged(lists: Sequence[list[Entry]]) -> list[Entry]:
@@ -160,6 +191,22 @@ def merged(lists: Sequence[list[Entry]]) -> list[Entry]:
         if lengths:
             known["max_model_len"] = min(lengths)
     return sorted(found.values(), key=lambda entry: entry.get("parent") is not None)
+
+
+def with_aliases(entries: Sequence[Entry], aliases: Aliases) -> list[Entry]:
+    """The entries, and behind them one for each alias of a listed model; what is listed under its own name stays."""
+    listed = {entry["id"]: entry for entry in entries}
+    others = {name: targets for name, targets in aliases.items() if name not in listed}
+    return [*entries, *(_alias(name, targets, listed) for name, targets in others.items() if listed.keys() & targets)]
+
+
+def _alias(name: str, targets: Sequence[str], listed: Mapping[object, Entry]) -> Entry:
+    """Of one target, all that is told of it; of several, the context that every one of them has."""
+    if len(targets) == 1:
+        return {**listed[targets[0]], "id": name, "root": targets[0]}
+    lengths = [listed[each].get("max_model_len") for each in targets if each in listed]
+    known = [each for each in lengths if isinstance(each, int)]
+    return _told(name) | ({"max_model_len": min(known)} if known else {})
 
 
 def _told(name: str) -> Entry:

@@ -42,7 +42,7 @@ from picker.frontends.headers import client_headers, upstream_headers
 from picker.frontends.keys import Key, KeyRefusal, Keyring, named_key
 from picker.frontends.leash import Leash, Watch
 from picker.frontends.limits import Door
-from picker.frontends.models import ModelsPage, asks_for_models, dressed
+from picker.frontends.models import ModelsPage, asks_for_models, pool_page
 from picker.frontends.request_ids import FIELD, NAME, RequestIds, told, told_in_body
 from picker.frontends.serving import LAST_CALL_SECONDS, serve
 from picker.frontends.trust import Trust
@@ -121,7 +121,8 @@ class Proxy:
         """Serve on a bound socket (see `serving.listen`) until `stop` is set and running requests have ended."""
         self._upstream = Upstream(connect_timeout=self._connect_timeout, trust=self.trust)
         self.watch = Watch(asyncio.get_running_loop())
-        self.models = self._models_page(self._upstream) if self._merge_models else None
+        if self._merge_models:
+            self.models = pool_page(self.runtime, self._upstream, self.trust, self.via)
         self.runtime.listen(self._observe)
         self.closing = asyncio.Event()
         try:
@@ -144,11 +145,6 @@ class Proxy:
         self._connect_timeout = seconds
         if self._upstream is not None:
             self._upstream.connect_timeout = seconds
-
-    def _models_page(self, upstream: Upstream) -> ModelsPage:
-        runtime, dress = self.runtime, dressed(self.trust, self.via)
-        known = runtime.scheduler.pool.models
-        return ModelsPage(upstream, endpoints=runtime.answering, known=known, clock=runtime.clock, dress=dress)
 
     async def part(self, leaving: asyncio.Event, stop: asyncio.Event, delay: float) -> None:
         """Between being told to leave and leaving: serve, and have clients close their connections meanwhile.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +56,22 @@ class Trust:
         """Raises ConfigError for files that do not do."""
         self.files = files or TrustFiles()
         self.keys: dict[str, str] = {}
-        self.key = key
+        self._key = key
+        self._listeners: list[Callable[[], None]] = []
         self.pass_on = pass_on
         self._context: ssl.SSLContext | None = None
         self._seen = self._state()
         if self.files.paths:
             self._context = build_context(self.files)
+
+    @property
+    def key(self) -> str | None:
+        return self._key
+
+    @key.setter
+    def key(self, key: str | None) -> None:
+        self._key = key
+        self._tell()
 
     @property
     def server_name(self) -> str | None:
@@ -76,11 +86,20 @@ class Trust:
 
     def dress(self, endpoint: str, raw: RawHeaders, added: Headers) -> tuple[RawHeaders, Headers]:
         """A client's header fields and those to be set, as they are towards an endpoint: with its key, or none."""
-        key = self.keys.get(endpoint, self.key)
-        if key is None and self.pass_on:
+        shown = self.authorization(endpoint)
+        if shown is None and self.pass_on:
             return raw, added
         kept = [pair for pair in raw if pair[0] not in FIELDS]
-        return kept, added if key is None else (*added, ("authorization", f"Bearer {key}"))
+        return kept, added if shown is None else (*added, ("authorization", shown))
+
+    def authorization(self, endpoint: str) -> str | None:
+        """What an endpoint is shown instead of clients' keys; None where it has none."""
+        key = self.keys.get(endpoint, self._key)
+        return None if key is None else f"Bearer {key}"
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Have it called whenever endpoints' keys may have changed."""
+        self._listeners.append(heard)
 
     def change(self, files: TrustFiles) -> None:
         """Other files from here on. Raises ConfigError, and changes nothing, for files that do not do."""
@@ -106,6 +125,11 @@ class Trust:
     def learn(self, keys: Mapping[str, str]) -> None:
         """The keys of endpoints, by name, in place of those before."""
         self.keys = dict(keys)
+        self._tell()
+
+    def _tell(self) -> None:
+        for heard in self._listeners:
+            heard()
 
     def _state(self, files: TrustFiles | None = None) -> list[tuple[int, int, int]]:
         return [_identity(path) for path in (files or self.files).paths]

@@ -14,8 +14,9 @@ from envoy.service.accesslog.v3 import als_pb2
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from picker.errors import WireError
-from picker.types import FailureReason
+from picker.types import FailureReason, Usage
 from picker.wire.addresses import plain_address
+from picker.wire.told_usage import NAMESPACE, usage_told
 
 Entry: TypeAlias = accesslog_pb2.HTTPAccessLogEntry
 Common: TypeAlias = accesslog_pb2.AccessLogCommon
@@ -61,6 +62,12 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     attempts: int | None = None
 
 
+class Counted(Ended, frozen=True, gc=False):
+    """An entry with the tokens that the engine has counted, of a data plane that reads answers."""
+
+    usage: Usage | None = None
+
+
 def decode(message: bytes, header: str) -> list[Ended]:
     """What a message says of requests that have ended, in order; header: which holds the mark.
 
@@ -81,7 +88,7 @@ def _ended(entry: Entry, header: str) -> Ended:
     common, request = entry.common_properties, entry.request
     sent, came = common.time_to_last_upstream_tx_byte, common.time_to_first_upstream_rx_byte
     heard = common.HasField("time_to_last_upstream_tx_byte") and common.HasField("time_to_first_upstream_rx_byte")
-    return Ended(
+    ended = Ended(
         mark=request.request_headers.get(header),
         request_id=request.request_id,
         status=entry.response.response_code.value,
@@ -91,6 +98,10 @@ def _ended(entry: Entry, header: str) -> Ended:
         duration=_seconds(common.duration) if common.HasField("duration") else None,
         attempts=common.upstream_request_attempt_count or None,
     )
+    metadata = common.metadata.filter_metadata
+    if NAMESPACE not in metadata:
+        return ended
+    return Counted(**msgspec.structs.asdict(ended), usage=usage_told(metadata[NAMESPACE].fields))
 
 
 def _failure(common: Common) -> FailureReason | None:
