@@ -23,7 +23,7 @@ async def start(children: Children, script: str, name: str = "pods") -> Child:
 
 
 async def awake(children: Children, child: Child) -> None:
-    assert await children.announced(child, re.compile("(awake)"), timeout=20) == ["awake"]
+    assert await children.announced(child, re.compile("(awake)"), timeout=60) == ["awake"]
 
 
 def is_alive(pid: int) -> bool:
@@ -128,7 +128,7 @@ async def test_ctrl_c_at_the_terminal_does_not_reach_children() -> None:
 async def test_a_child_announces_as_much_as_it_is_asked_for() -> None:
     async with supervised() as children:
         child = await start(children, "print('port 1\\nport 2\\nport 3', flush=True); " + SLEEPER)
-        assert await children.announced(child, re.compile(r"port (\d)"), timeout=20, count=2) == ["1", "2"]
+        assert await children.announced(child, re.compile(r"port (\d)"), timeout=60, count=2) == ["1", "2"]
 
 
 PARENT = """
@@ -137,7 +137,7 @@ from picker.children import supervised
 async def main():
     async with supervised() as children:
         child = await children.start("pods", sys.executable, "-c", {script!r})
-        await children.announced(child, re.compile("(awake)"), timeout=20)
+        await children.announced(child, re.compile("(awake)"), timeout=60)
         print(child.process.pid, flush=True)
         await asyncio.Event().wait()
 asyncio.run(main())
@@ -157,7 +157,7 @@ async def test_children_do_not_outlive_a_parent_that_is_killed(number: signal.Si
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(child, ended.set)
     parent.send_signal(number)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await ended.wait()
         await parent.wait()
     asyncio.get_running_loop().remove_reader(child)

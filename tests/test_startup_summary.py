@@ -87,7 +87,7 @@ class Engines:
         self.said.set()
 
     async def next(self) -> list[str]:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60):
             await self.said.wait()
         self.said.clear()
         return self.batches[-1]

@@ -1,12 +1,15 @@
 """`picker bench proxy` with numbers too small to mean anything: that it runs, and what it finds."""
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from picker.bench import peers
+from picker.bench.client import AnswerError
 from picker.bench.proxy import COLUMNS, Way, _own, has_envoy, rows
 from picker.commands.bench import command
 
@@ -14,6 +17,18 @@ CONTRACT = {
     *("name", "prompt_bytes", "chunks", "requests_per_s", "cpu_us_per_request", "added_p50_ms", "added_p99_ms"),
     "rss_mb",
 }
+
+
+def measured(warnings: list[str]) -> list[dict[str, Any]]:
+    """Rows, over a longer time where a slow machine comes to nothing in a short one."""
+    hear = warnings.append
+    for seconds in (0.05, 0.5, 5.0):
+        warnings.clear()
+        with contextlib.suppress(AnswerError):
+            found = asyncio.run(rows(prompt_bytes=[512], chunks=[0, 2], seconds=seconds, repeats=1, warn=hear))
+            if all(row["name"] == "direct" or row["cpu_us_per_request"] for row in found):
+                return found
+    raise AssertionError("no request was answered, or none cost anything")
 
 
 @pytest.mark.e2e
@@ -24,7 +39,7 @@ def test_every_way_gets_a_row_with_the_keys_of_the_contract(tmp_path: Path, monk
     broken.write_text("#!/bin/sh\n# from smg.cli import main\necho out of order >&2\nexit 3\n")
     broken.chmod(0o755)
     warnings: list[str] = []
-    found = asyncio.run(rows(prompt_bytes=[512], chunks=[0, 2], seconds=0.05, repeats=1, warn=warnings.append))
+    found = measured(warnings)
     behind_envoy = ["picker+envoy"] if has_envoy() else []
     ways = ["direct", "picker", *behind_envoy]
     assert [(row["name"], row["chunks"]) for row in found] == [(name, chunks) for chunks in (0, 2) for name in ways]

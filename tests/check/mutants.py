@@ -516,7 +516,7 @@ class NowAndThenSlow(Wrong):
 
     async def decide(self, request: Request) -> None:
         if next(self.turn) % 30 == 29 and self.endpoints.all[0].metrics is Metrics.IDLE:
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.7)
         await super().decide(request)
 
 
@@ -524,7 +524,7 @@ class NowAndThenSlow(Wrong):
 class WaitsForMetrics(Wrong):
     async def decide(self, request: Request) -> None:
         if self.endpoints.all[0].metrics is Metrics.HANGING:
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.7)
         await super().decide(request)
 
 
@@ -543,7 +543,7 @@ class GrpcErrorWithoutPods(Wrong):
 
 @caught_by("EPP-4.recovers")
 class NeverComesBack(Wrong):
-    """Remembers for a while that nobody was there."""
+    """Remembers for good that nobody was there."""
 
     down = 0
 
@@ -551,13 +551,9 @@ class NeverComesBack(Wrong):
         if not self.pool():
             self.down += 1
         # The first outage is forgiven: it belongs to the check before.
-        if self.pool() and self.down == 2 and asyncio.get_running_loop().time() < self.until:
+        elif self.down > 1:
             raise Refusal(503, "no endpoint is ready")
-        if not self.pool():
-            self.until = asyncio.get_running_loop().time() + 1.3
         await super().decide(request)
-
-    until = 0.0
 
 
 class ShedsBy(Wrong):

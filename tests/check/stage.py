@@ -50,7 +50,7 @@ async def subject(make: Maker = honest, *, patience: float = 2.0, tls: bool = Tr
             pool=endpoints.addresses,
             declared=True,
             pods=endpoints,
-            bound=0.5,
+            bound=1.5,
             settle=1.0,
             overload=OVERLOAD,
             max_body=MAX_BODY,

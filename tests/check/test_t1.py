@@ -25,7 +25,7 @@ async def mutated(name: str) -> Sequence[Verdict]:
     """The check that is to find what is wrong and the rest of its family, which is to find nothing."""
     mutant = MUTANTS[name]
     only = [name] if mutant.also is None else [name.partition(".")[0]]
-    async with subject(mutant.make, patience=0.7, tls=False) as this:
+    async with subject(mutant.make, tls=False) as this:
         return await runner.run(runner.chosen(registry.T1, only), this, this.trace)
 
 

@@ -219,7 +219,8 @@ async def test_ctrl_c_reports_what_was_measured() -> None:
         await asyncio.Event().wait()
 
     async with fake_server(hang_after_three) as server:
-        process = await start(server.url, *SMALL, "--json")
+        # Three at once: when six have come, the answers to the first three have been read.
+        process = await start(server.url, *SMALL, "--processes", "1", "--concurrency", "3", "--json")
         await server.wait_for(6)
         process.send_signal(signal.SIGINT)
         out, err = await process.communicate()

@@ -114,8 +114,9 @@ async def test_ctrl_c_writes_every_report_of_what_was_measured(tmp_path: Path) -
 
     files = {name: tmp_path / f"run.{name}" for name in ("json", "yaml", "html")}
     async with fake_server(hang_after_three) as server:
+        # Three at once: when six have come, the answers to the first three have been read.
         process = await start(
-            *(server.url, *SMALL, "--slo", "ttft=9", "--json"),
+            *(server.url, *SMALL, "--processes", "1", "--concurrency", "3", "--slo", "ttft=60", "--json"),
             *("--save", str(files["json"]), "--report", str(files["yaml"]), "--html", str(files["html"])),
         )
         await server.wait_for(6)

@@ -97,7 +97,8 @@ async def world(front_end: str, folder: Path | None, pods: PodOptions, **exact: 
 @asynccontextmanager
 async def watching(front_end: str, folder: Path | None, pods: list[Pod], **exact: Any) -> AsyncIterator[World]:
     """The same before pods that run already."""
-    told = ExactConfig(**({"tokenizer": None if folder is None else str(folder)} | exact))
+    usual: dict[str, Any] = {"tokenizer": None if folder is None else str(folder), "budget_ms": 5000.0}
+    told = ExactConfig(**(usual | exact))
     async with (
         gateway(front_end, [pod.url for pod in pods], exact=told) as gate,
         aiohttp.ClientSession() as client,

@@ -16,9 +16,9 @@ from typing import Any
 import aiohttp
 
 from picker.bench.cputime import family, table
-from picker.children import free_ports
 from picker.envoy import EXT_PROC, GATEWAY, Envoy, Json, bootstrap, find_envoy, running_envoy, socket_address
 from picker.errors import ConfigError
+from spare_ports import spare_ports
 
 SECRET = {"PICKER_REPLICAS_SECRET": "what both replicas of this test know"}
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -49,7 +49,7 @@ class Picker:
 
     async def until(self, condition: Callable[[Figures], bool]) -> Figures:
         """Wait for figures; those of a decider that is just being started again are none."""
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     if condition(found := await self.figures()):
@@ -82,7 +82,7 @@ async def picker(folder: Path, name: str, *flags: str) -> AsyncIterator[Picker]:
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out, env=os.environ | SECRET)
     try:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(60):
             while not (found := re.search(r"ext-proc on \S*?:(\d+), health on :(\d+)", log.read_text())):
                 assert process.returncode is None, log.read_text()
                 await asyncio.sleep(0.02)
@@ -138,7 +138,7 @@ async def two(
 ) -> AsyncIterator[World]:
     """Both know each other. second: further flags of the second."""
     async with contextlib.AsyncExitStack() as stack:
-        ports = free_ports(2)
+        ports = spare_ports(2)
         flags = [["--peer-port", str(port), "--peer", f"127.0.0.1:{sum(ports) - port}"] for port in ports]
         if bus == "redis":
             flags = [["--peer-redis", await stack.enter_async_context(redis(folder))]] * 2

@@ -15,8 +15,8 @@ import pytest
 
 from dead_port import dead_port
 from picker.client import Client, RefusedError
-from picker.frontends.serving import listen, port_of
 from picker.sim.pod import running_pods
+from spare_ports import spare_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -55,7 +55,7 @@ class Process:
         self.log = log
 
     async def says(self, pattern: str) -> str:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (found := re.search(pattern, self.log.read_text())):
                 assert self.process.returncode is None, self.log.read_text()
                 await asyncio.sleep(0.02)
@@ -82,7 +82,7 @@ async def picker(folder: Path, command: str, pods: list[str], *flags: str) -> As
     async with running(folder / "picker.log", *argv) as process:
         admin = await process.says(r"debug on (http://\S+)")
         target = await process.says(r"gRPC API is on (\S+),")
-        async with Client(target) as client, asyncio.timeout(20):
+        async with Client(target) as client, asyncio.timeout(60):
             async for states in client.watch(interval=0.1):
                 if sum(bool(state.models) for state in states.values()) == len(pods):
                     break
@@ -98,7 +98,7 @@ async def metric(admin: str, name: str) -> float:
 
 async def settled(admin: str) -> None:
     """Wait until picker counts nothing in flight."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await metric(admin, "picker_inflight_requests") or await metric(admin, "picker_api_picks"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -158,7 +158,7 @@ async def test_clients_and_endpoints_that_are_gone_and_a_picker_that_goes(tmp_pa
             assert (await _refusal(client_, body)).reason == "shutdown"
             assert process.process.returncode is None
             picked.finished()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await process.process.wait() == 0
 
 
@@ -175,8 +175,7 @@ async def _refusal(client: Client, body: bytes) -> RefusedError:
     NGINX is None, reason="there is no nginx: install it (apt-get install nginx), or say where it is in PICKER_NGINX"
 )
 async def test_plain_nginx_routes_by_auth_request(tmp_path: Path) -> None:
-    with listen("127.0.0.1", 0) as front, listen("127.0.0.1", 0) as side, listen("127.0.0.1", 0) as log:
-        ports = {"8080": port_of(front), "8081": port_of(side), "8082": port_of(log)}
+    ports = dict(zip(("8080", "8081", "8082"), spare_ports(3), strict=True))
     config = re.sub(r"127\.0\.0\.1:(\d+)", lambda found: f"127.0.0.1:{ports[found[1]]}", example("nginx.conf"))
     (tmp_path / "nginx.conf").write_text(config)
     (tmp_path / "sidecar.py").write_text(example("sidecar.py"))
@@ -199,7 +198,7 @@ async def test_plain_nginx_routes_by_auth_request(tmp_path: Path) -> None:
 
 
 async def _answering(http: aiohttp.ClientSession, url: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(aiohttp.ClientConnectionError):
                 if (await _complete(http, url))[0] == 200:

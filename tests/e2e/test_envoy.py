@@ -107,7 +107,7 @@ class FakeScheduler:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what only another process knows."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -189,7 +189,7 @@ async def stack(
         if responses and mode is Mode.LEAN:
             _send_responses(config)
         envoy = await opened.enter_async_context(running_envoy(config))
-        client = await opened.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)))
+        client = await opened.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)))
         scheduler.order = [a.address]
         yield Stack(scheduler, service, a, b, envoy, client, task, dead)
 

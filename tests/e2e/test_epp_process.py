@@ -65,7 +65,7 @@ async def picker(folder: Path, upstream: EchoUpstream, *flags: str) -> AsyncIter
 
 
 async def _ready(picker: Picker) -> None:
-    async with aiohttp.ClientSession() as session, asyncio.timeout(20):
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
         while True:
             async with session.get(f"{picker.admin}/readyz") as response:
                 if response.status == 200:
@@ -84,7 +84,7 @@ async def ask(envoy: Envoy) -> int:
 
 @pytest.mark.parametrize("mode", ["full", "lean"])
 async def test_told_to_go_it_serves_until_gateways_know_and_lets_streams_end(tmp_path: Path, mode: str) -> None:
-    flags = ("--secure-serving", "false", "--mode", mode, "--drain-delay", "1")
+    flags = ("--secure-serving", "false", "--mode", mode, "--drain-delay", "2")
     async with EchoUpstream("a").running() as upstream, picker(tmp_path, upstream, *flags) as this:
         config = bootstrap([upstream.address], f"127.0.0.1:{this.port}", lean=mode == "lean")
         async with running_envoy(config) as envoy, aiohttp.ClientSession() as session:
@@ -94,13 +94,19 @@ async def test_told_to_go_it_serves_until_gateways_know_and_lets_streams_end(tmp
                 loop = asyncio.get_running_loop()
                 begun, statuses = loop.time(), []
                 while loop.time() < begun + 0.6:
-                    statuses.append(await ask(envoy))
-                assert statuses
-                assert set(statuses) == {200}
+                    statuses.append((await ask(envoy), loop.time() < begun + 2.0))
+                assert {status for status, in_time in statuses if in_time} == {200}
                 upstream.step(3)
                 assert (await response.read()).endswith(b"data: [DONE]\n\n")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 assert await this.process.wait() == 0
+
+
+async def served(envoy: Envoy) -> None:
+    """Wait until Envoy takes picker for alive."""
+    async with asyncio.timeout(60):
+        while await ask(envoy) != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 def quick_keepalive(config: Json) -> None:
@@ -118,17 +124,15 @@ async def test_hanging_it_holds_nobody_up_for_long(tmp_path: Path, allow: bool) 
         config = bootstrap([upstream.address], f"127.0.0.1:{this.port}", failure_mode_allow=allow)
         quick_keepalive(config)
         async with running_envoy(config) as envoy:
-            assert await ask(envoy) == 200
+            await served(envoy)
             this.process.send_signal(signal.SIGSTOP)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 assert await ask(envoy) in (503, 200 if allow else 503)
                 while "cluster.ext-proc.membership_healthy: 0" not in await envoy.admin("/stats"):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 assert await ask(envoy) == (200 if allow else 503)
             this.process.send_signal(signal.SIGCONT)
-            async with asyncio.timeout(10):
-                while await ask(envoy) != 200:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+            await served(envoy)
 
 
 async def test_it_serves_tls_of_its_own_making_unless_told_otherwise(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ async def test_it_follows_its_certificate_and_envoy_verifies_it(tmp_path: Path) 
             assert await ask(envoy) == 200
         old = await shown(it.port)
         write(tmp_path)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await shown(it.port) == old:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         async with running_envoy(config) as envoy:

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from bench.fault_pod import TOKENS
-from bench.faults import free_ports
 
 from e2e.gateway import Gateway, gateway
 from picker.config import HealthConfig, LimitConfig
 from picker.types import FirstToken, HealthObserved
+from spare_ports import spare_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -67,7 +67,7 @@ class World:
         got = b""
         try:
             async with (
-                asyncio.timeout(8),
+                asyncio.timeout(25),
                 self.client.post(f"{self.gate.url}/v1/chat/completions", json=body) as answer,
             ):
                 async for piece in answer.content.iter_any():
@@ -96,7 +96,7 @@ async def world(count: int = 2, limits: LimitConfig | None = None) -> AsyncItera
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
         contextlib.AsyncExitStack() as s,
     ):
-        pods = [FaultyPod(port, client) for port in free_ports(count)]
+        pods = [FaultyPod(port, client) for port in spare_ports(count)]
         for pod in pods:
             s.push_async_callback(pod.stop)
         await asyncio.gather(*(pod.start() for pod in pods))

@@ -55,9 +55,9 @@ class World:
         return {record.outcome.endpoint.name for record in recent if isinstance(record.outcome, Decision)}
 
     async def serving(self, count: int) -> None:
-        """Ask, several at a time, until so many pods have answered, which is to be soon."""
+        """Ask, several at a time, until so many pods have answered, which is to be long before their rests are over."""
         answered: set[str] = set()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(20.0):
             while len(answered) < count:
                 answered.update(await asyncio.gather(*(self.server() for _ in range(6))))
                 answered.discard("")

@@ -32,14 +32,14 @@ async def serving(port: int, name: str = "") -> bool:
 
 
 async def ready(this: Picker) -> None:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while not await serving(this.health):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
 async def known(this: World) -> int:
     """Wait until both believe the same; returns how many blocks."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while (blocks := await this.one.blocks()) != await this.two.blocks() or not blocks:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return blocks

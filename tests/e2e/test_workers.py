@@ -59,7 +59,7 @@ class Picker:
 
     async def until(self, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
         """Wait for figures; those of a decider that is just being started again are none."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     if condition(found := await self.metrics()):
@@ -73,7 +73,7 @@ async def picker(folder: Path, *flags: str) -> AsyncIterator[Picker]:
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*EPP, *flags, stdout=output, stderr=output)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (port := re.search(r"ext-proc on \S*?:(\d+)", log.read_text())):
                 assert process.returncode is None, log.read_text()
                 await asyncio.sleep(0.02)
@@ -111,7 +111,7 @@ class Rig:
 
     async def served(self) -> None:
         """Wait until requests are answered again, whichever way they take."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while set(await self.ask(8)) != {200}:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
@@ -171,7 +171,7 @@ async def test_a_worker_that_has_come_again_gets_its_share_again(tmp_path: Path)
         os.kill(this.picker.pid("worker 0"), signal.SIGKILL)
         await this.picker.until(lambda figures: figures["picker_worker_arrivals_total"] == 3)
         before = list(by_worker(await this.picker.metrics()))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while any(now == then for now, then in zip(by_worker(await this.picker.metrics()), before, strict=True)):
                 assert set(await this.ask(10)) == {200}
 
@@ -204,7 +204,7 @@ async def test_told_to_go_streams_end_and_no_process_is_left(tmp_path: Path, num
             await asyncio.sleep(0.3)
             this.upstream.step(3)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await this.picker.process.wait() == 0
         assert children.keys().isdisjoint(table())
         assert "Traceback" not in this.picker.log.read_text()
@@ -215,7 +215,7 @@ async def test_a_parent_that_is_killed_takes_all_along(tmp_path: Path) -> None:
         children = this.children()
         this.process.kill()
         await this.process.wait()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not children.keys().isdisjoint(table()):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 

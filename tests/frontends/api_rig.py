@@ -63,7 +63,7 @@ class Rig:
 
     async def ask(self, body: bytes = BODY, *, path: str = "/v1/completions", **more: Any) -> Any:
         request = pb.PickRequest(http=pb.HttpRequest(path=path, body=body), **more)
-        return await self.call("Pick")(request, timeout=10)
+        return await self.call("Pick")(request, timeout=60)
 
     async def pick(self, body: bytes = BODY, **more: Any) -> Any:
         answer = await self.ask(body, **more)
@@ -71,17 +71,17 @@ class Rig:
         return answer.picked
 
     async def features(self, **given: Any) -> Any:
-        answer = await self.call("Pick")(pb.PickRequest(features=pb.Features(**given)), timeout=10)
+        answer = await self.call("Pick")(pb.PickRequest(features=pb.Features(**given)), timeout=60)
         assert answer.WhichOneof("outcome") == "picked", answer
         return answer.picked
 
     async def report(self, *outcomes: Any) -> Any:
         """Tell these in a stream of their own, to its clean end."""
-        return await self.call("Report")(iter(outcomes), timeout=10)
+        return await self.call("Report")(iter(outcomes), timeout=60)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for what the other end of a call brings about, which nothing tells."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 

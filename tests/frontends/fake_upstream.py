@@ -168,7 +168,7 @@ async def served_proxy(*addresses: str, limits: Limits | None = None, **options:
         await Proxy(runtime, **({"grace": 0.2} | options)).serve(listener, served.stop)
         served.ended.set()
 
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         group.create_task(serve())
         try:
             yield served

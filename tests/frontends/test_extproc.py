@@ -223,7 +223,7 @@ async def rig(
     this = Rig(scheduler, made, ExtProc(made, mode=mode, bounds=bounds, predict=lambda _: predicted), clock)
     bound: asyncio.Future[tuple[int, int | None]] = asyncio.get_running_loop().create_future()
     serving = this.service.serve(
-        "127.0.0.1", 0, health_port=0 if health else None, grace=5.0, ready=lambda *ports: bound.set_result(ports)
+        "127.0.0.1", 0, health_port=0 if health else None, grace=60.0, ready=lambda *ports: bound.set_result(ports)
     )
     async with asyncio.TaskGroup() as tasks:
         this.task = tasks.create_task(serving)
@@ -750,7 +750,8 @@ async def test_a_bug_before_the_response_is_answered_500(caplog: pytest.LogCaptu
         assert json.loads(immediate.body)["error"]["code"] == 500
         assert await stream.end() is grpc.StatusCode.OK
         assert this.errors("extproc") == 1
-    assert len([record for record in caplog.records if record.exc_info]) == 1
+    # gRPC's client complains of events of the loops of earlier tests.
+    assert len([record for record in caplog.records if record.exc_info and record.name != "asyncio"]) == 1
 
 
 async def test_a_bug_within_the_response_ends_the_stream_and_the_request_once() -> None:
@@ -798,7 +799,7 @@ async def test_watchers_do_not_hold_up_a_shutdown() -> None:
         watch = health_pb2_grpc.HealthStub(this.gateway.channel).Watch(health_pb2.HealthCheckRequest())
         await watch.read()
         this.service.shutdown()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await this.task
 
 
@@ -827,7 +828,7 @@ async def test_requests_are_still_taken_while_gateways_are_asked_to_leave() -> N
 
 async def test_nobody_is_waited_for_where_nobody_is_connected() -> None:
     async with rig() as this:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await this.service.part(60.0)
 
 

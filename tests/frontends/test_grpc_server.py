@@ -58,6 +58,18 @@ class Rig:
             await call.write(b"x" * 100_000)
             self.sent += 1
 
+    def look(self) -> None:
+        """What the server does at intervals."""
+        for connection in self.server.connections:
+            connection.look()
+
+    async def heard(self) -> None:
+        """Wait until the one peer has said something since we looked."""
+        (connection,) = self.server.connections
+        async with asyncio.timeout(60):
+            while not connection._heard:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
     def call(self, method: str) -> "grpc.aio.StreamStreamCall[bytes, bytes]":
         return self.channel.stream_stream(f"/t/{method}")()
 
@@ -131,7 +143,8 @@ async def test_a_handler_that_fails_ends_its_call_and_nothing_else(caplog: pytes
     async with rig() as this:
         assert await this.call("fail").code() is grpc.StatusCode.INTERNAL
         assert await this.call("refuse").code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert [record.name for record in caplog.records] == ["picker.grpc"]
+    # gRPC's client complains of events of the loops of earlier tests.
+    assert [record.name for record in caplog.records if record.name != "asyncio"] == ["picker.grpc"]
 
 
 async def test_a_client_that_cancels_cancels_the_handler() -> None:
@@ -157,11 +170,11 @@ async def test_a_writer_waits_for_one_who_does_not_read() -> None:
     async with rig() as this:
         call = this.call("pour")
         assert await call.read() == b"x" * 100_000
-        sent = -1
-        while sent != this.sent:
+        sent = 0
+        while not sent or sent != this.sent:
             sent = this.sent
             await asyncio.sleep(0.05)
-        assert 0 < this.sent < 900
+        assert sent < 900
         for _ in range(999):
             assert await call.read() == b"x" * 100_000
         assert await call.read() is grpc.aio.EOF
@@ -189,10 +202,12 @@ async def test_stopping_cancels_what_outlives_the_grace() -> None:
 
 
 async def test_a_peer_that_says_nothing_any_more_is_given_up_with_its_calls() -> None:
-    async with rig(keepalive=0.02) as this:
+    async with rig() as this:
         reader, writer = await asyncio.open_connection("127.0.0.1", this.port)
         writer.write(PREFACE + _HANG)
         await this.begun.wait()
+        for _ in range(3):
+            this.look()
         assert await reader.read()  # our settings, and what we ask before we go
         while not this.ended:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -207,10 +222,14 @@ async def test_a_peer_that_never_speaks_is_given_up() -> None:
 
 
 async def test_a_peer_that_answers_pings_is_kept() -> None:
-    async with rig(keepalive=0.1) as this:
+    async with rig() as this:
         call = this.call("hang")
         await this.begun.wait()
-        await asyncio.sleep(0.35)
+        for _ in range(3):
+            this.look()
+            this.look()
+            await this.heard()
+        this.look()
         this.go_on.set()
         assert await call.read() == b"done"
 
@@ -252,7 +271,7 @@ async def test_a_call_that_ends_before_its_first_message_is_the_handlers_or_nobo
         assert await call.code() is grpc.StatusCode.OK
         given_up = this.call("hang")
         await given_up.wait_for_connection()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60):
             while not any(connection.calls for connection in this.server.connections):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             given_up.cancel()

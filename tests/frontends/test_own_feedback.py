@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from picker.access_log import RequestLog
 from picker.exchange import RequestHead
 from picker.frontends.keys import Allowance, Keyring, named_key
 from picker.frontends.own_feedback import OwnFeedback, OwnPorter, RetryWatch
-from picker.types import Decision, Endpoint, Fact, FailureReason, ResponseStarted
-from picker.wire.als import Ended
+from picker.types import Decision, Endpoint, Fact, FailureReason, Finished, ResponseStarted, Usage
+from picker.wire.als import Counted, Ended
 
 SECRET = "sesame-sesame-sesame"
 
@@ -73,6 +74,14 @@ def test_a_key_has_as_many_requests_as_it_may_until_one_has_ended() -> None:
     porter.left(2)
     feedback(gate, porter).hear(ended())
     assert porter.came(3, head()) is None
+
+
+def test_the_tokens_of_an_answer_are_told_where_the_data_plane_has_read_them() -> None:
+    for usage in (Usage(9, 3, 8), None):
+        gate = Gate()
+        told = Counted(**msgspec.structs.asdict(ended(upstream="10.0.0.1:80")), usage=usage)
+        feedback(gate, OwnPorter(Keyring(), None), {"10.0.0.1:80": "a:80"}).hear(told)
+        assert gate.facts == [ResponseStarted(1, 200, "a:80"), Finished(1, 200, usage)]
 
 
 def test_a_request_that_nobody_tells_the_end_of_leaves_too() -> None:

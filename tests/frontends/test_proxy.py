@@ -28,13 +28,14 @@ from picker.exchange import Limits
 from picker.frontends.proxy import Proxy
 from picker.frontends.serving import listen, port_of
 from picker.types import Endpoint, Failed, FailureReason, Finished, FirstToken, ResponseStarted
+from virtual_time import in_virtual_time
 
 PATH = "/v1/completions"
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=10) as made:
+    async with httpx.AsyncClient(timeout=60) as made:
         yield made
 
 
@@ -397,16 +398,17 @@ async def test_an_endpoint_that_hangs_gives_504_and_is_aborted(client: httpx.Asy
         await gate.wait()
         return web.Response()
 
-    async with upstream(hang) as endpoint, served_proxy(endpoint.address, first_byte_timeout=0.05) as proxy:
+    async with upstream(hang) as endpoint, served_proxy(endpoint.address, first_byte_timeout=0.25) as proxy:
         answer = await client.post(proxy.url + PATH, json=ASK)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, 504)
         assert (await proxy.scheduler.told(Failed)).reason is FailureReason.TIMEOUT
         await gate.aborted.wait()
-        again = await client.get(f"{proxy.url}/v1/models", timeout=5)
+        again = await client.get(f"{proxy.url}/v1/models")
         assert again.status_code == 504, "the connection to the client goes on"
 
 
-async def test_another_endpoint_serves_when_the_first_hangs(client: httpx.AsyncClient) -> None:
+@in_virtual_time
+async def test_another_endpoint_serves_when_the_first_hangs() -> None:
     """What is known to take no longer is not waited for until the end of all patience."""
     gate, head = Gate(), asyncio.Event()
 
@@ -416,7 +418,12 @@ async def test_another_endpoint_serves_when_the_first_hangs(client: httpx.AsyncC
         await gate.wait()
         raise AssertionError
 
-    async with upstream(hang) as first, upstream() as second, served_proxy(first.address, second.address) as proxy:
+    async with (
+        upstream(hang) as first,
+        upstream() as second,
+        served_proxy(first.address, second.address) as proxy,
+        httpx.AsyncClient() as client,
+    ):
         proxy.runtime.patience = 0.05
         proxy.scheduler.patience = lambda request_id, now: 0.0  # type: ignore[attr-defined]
         answer = await client.post(proxy.url + PATH, json=ASK | {"stream": True})
@@ -891,7 +898,7 @@ RULES_ABOUT_CONNECTIONS: list[Callable[[httpx.AsyncClient], Awaitable[None]]] = 
 @pytest.mark.parametrize("rule", RULES_ABOUT_CONNECTIONS, ids=lambda rule: rule.__name__)
 def test_under_uvloop(rule: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with httpx.AsyncClient(timeout=10) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             await rule(client)
 
     uvloop.run(run())
@@ -900,7 +907,7 @@ def test_under_uvloop(rule: Callable[[httpx.AsyncClient], Awaitable[None]]) -> N
 @pytest.mark.parametrize("length", [None, "1000"], ids=["chunked", "content-length"])
 def test_truncation_is_visible_under_uvloop(length: str | None, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        async with httpx.AsyncClient(timeout=10) as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             await test_a_reset_in_the_middle_is_seen_by_the_client_as_a_truncation(client, length, caplog)
 
     uvloop.run(run())

@@ -70,7 +70,7 @@ def test_only_errors_of_anthropics_form_have_a_place_for_it() -> None:
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         yield client
 
 

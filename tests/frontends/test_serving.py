@@ -14,6 +14,7 @@ from picker.errors import ConfigError
 from picker.frontends.client import Client
 from picker.frontends.client_connection import EXTENSION, ClientConnection
 from picker.frontends.serving import listen, port_of, serve
+from virtual_time import in_virtual_time
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
@@ -66,7 +67,7 @@ async def test_who_runs_when_it_stops_gets_the_time_that_is_said_by_then() -> No
         await asyncio.Event().wait()
 
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         group.create_task(serve(endless, listener, stop, grace=lambda: seconds[0]))
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
         writer.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
@@ -78,6 +79,7 @@ async def test_who_runs_when_it_stops_gets_the_time_that_is_said_by_then() -> No
 
 
 @pytest.mark.parametrize("accepted", [True, False])
+@in_virtual_time
 async def test_who_has_just_come_when_it_stops_is_served(accepted: bool) -> None:
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
     async with asyncio.TaskGroup() as group:
@@ -129,7 +131,7 @@ async def test_who_watches_a_client_that_has_left_already_is_told_at_once() -> N
 async def served(app: Any = hello) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server that runs the app."""
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         group.create_task(serve(app, listener, stop, grace=1.0))
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(listener))
         yield reader, writer
@@ -201,6 +203,7 @@ async def test_large_heads_one_after_another_are_fine() -> None:
         (b"GET / HTTP/1.1\r\nhost: h\r\nx", b"HTTP/1.1 408 Request Timeout"),
     ],
 )
+@in_virtual_time
 async def test_a_connection_that_never_brings_a_request_is_closed(
     sent: bytes, line: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ async def test_a_connection_that_never_brings_a_request_is_closed(
         assert (await reader.read()).partition(b"\r\n")[0] == line
 
 
+@in_virtual_time
 async def test_a_request_that_takes_longer_than_an_idle_connection_lives_is_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -360,6 +364,7 @@ async def test_a_small_body_that_came_with_its_head_can_be_taken_at_once() -> No
     assert taken == [(True, b"abc"), (False, b"ab")]
 
 
+@in_virtual_time
 async def test_an_idle_connection_is_closed_after_its_last_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("picker.frontends.serving._KEEPALIVE_SECONDS", 0.02)
     async with served() as (reader, writer):

@@ -13,6 +13,7 @@ from picker.frontends import upstream as module
 from picker.frontends.upstream import Upstream
 from picker.frontends.upstream_connection import Reply
 from picker.types import Endpoint, FailureReason
+from virtual_time import in_virtual_time
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 Script = Callable[["Peer", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -67,7 +68,7 @@ async def peer(script: Script = answer_for_ever) -> AsyncIterator[Peer]:
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0, limit=1 << 24)
     made.endpoint = Endpoint("e", f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             yield made
     finally:
         server.close()
@@ -75,7 +76,7 @@ async def peer(script: Script = answer_for_ever) -> AsyncIterator[Peer]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    made = Upstream(connect_timeout=2.0)
+    made = Upstream(connect_timeout=60.0)
     yield made
     await made.close()
 
@@ -141,7 +142,9 @@ async def test_requests_at_the_same_time_have_connections_of_their_own(upstream:
         assert to.connections == 3
 
 
-async def test_endpoints_of_one_address_share_connections_and_schemes_do_not(upstream: Upstream) -> None:
+@in_virtual_time
+async def test_endpoints_of_one_address_share_connections_and_schemes_do_not() -> None:
+    upstream = Upstream(connect_timeout=2.0)
     async with peer() as to:
         await asked(upstream, to)
         address = to.endpoint.address
@@ -150,6 +153,7 @@ async def test_endpoints_of_one_address_share_connections_and_schemes_do_not(ups
         assert to.connections == 1
         secure = Endpoint("e", address, scheme="https")
         assert await upstream.send(secure, "GET", b"/", [], None) is FailureReason.CONNECT, "it speaks no TLS"
+        await upstream.close()
 
 
 async def test_a_connection_that_ended_while_idle_is_replaced_once(upstream: Upstream) -> None:
@@ -240,7 +244,7 @@ async def test_closing_the_upstream_closes_what_is_idle_and_what_is_not() -> Non
         await peer.request(reader)
         await reader.readexactly(1)
 
-    upstream = Upstream(connect_timeout=2.0)
+    upstream = Upstream(connect_timeout=60.0)
     async with peer() as idle, peer(hang) as busy, asyncio.TaskGroup() as group:
         await asked(upstream, idle)
         waiting = group.create_task(upstream.send(busy.endpoint, "GET", b"/", [], None))

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from spare_ports import spare_ports
+
 _CHUNK = 1 << 16
 
 
@@ -13,7 +15,7 @@ class Relay:
     """Listens on a port of its own at 127.0.0.1. host, port: where the API server is."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.port = 0
+        (self.port,) = spare_ports(1)
         self._to = (host, port)
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -22,7 +24,6 @@ class Relay:
 
     async def up(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def down(self) -> None:
         """Nobody listens, and all connections are broken."""

@@ -20,11 +20,11 @@ from kubernetes.api_server import ApiServer, serving
 from kubernetes.asking import Answer, Asking
 from kubernetes.manifests import PODS, Json, Kind
 from kubernetes.real_cluster import KUBECONFIG, real_cluster
-from kubernetes.virtual_time import VirtualLoop
 from picker.sources.kubernetes.credentials import Access, FixedTokens
 from picker.sources.kubernetes.scope import Scope
 from picker.sources.kubernetes.source import KubernetesSource
 from picker.types import CacheCleared, Endpoint, EndpointAdded, EndpointDraining, EndpointRemoved, Fact
+from virtual_time import VirtualLoop
 
 
 class Told:

@@ -12,10 +12,10 @@ from kubernetes.api_server import serving
 from kubernetes.certificate import encoded, pair
 from kubernetes.manifests import PODS, pod
 from kubernetes.stage import access_to
-from kubernetes.virtual_time import in_virtual_time
 from picker.sources.kubernetes.client import ApiError, Client
 from picker.sources.kubernetes.credentials import Access, FixedTokens, from_kubeconfig
 from picker.sources.kubernetes.objects import read_page
+from virtual_time import in_virtual_time
 
 PATH = "/api/v1/namespaces/default/pods"
 

@@ -17,11 +17,11 @@ from kubernetes.answers import status
 from kubernetes.api_server import serving
 from kubernetes.manifests import LEASES
 from kubernetes.stage import InTest, Stage, on_every_stage, until
-from kubernetes.virtual_time import in_virtual_time
 from picker.errors import ConfigError
 from picker.sources.kubernetes.client import ApiError, Client
 from picker.sources.kubernetes.credentials import Access
 from picker.sources.kubernetes.election import Election, Timing
+from virtual_time import in_virtual_time
 
 NAME = "epp-default-pool.llm-d.ai"
 

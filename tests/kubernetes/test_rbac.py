@@ -24,11 +24,11 @@ from kubernetes.stage import (
     until,
     watching,
 )
-from kubernetes.virtual_time import in_virtual_time
 from picker.sources.kubernetes.client import Client
 from picker.sources.kubernetes.credentials import Access
 from picker.sources.kubernetes.election import Election, Timing
 from picker.sources.kubernetes.scope import Scope
+from virtual_time import in_virtual_time
 
 FOLDER = Path(__file__).parent.parent.parent / "deploy" / "kubernetes" / "base"
 ELECTION = FOLDER.parent / "components" / "leader-election"

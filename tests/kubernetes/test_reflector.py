@@ -13,11 +13,11 @@ from kubernetes.answers import status
 from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import PODS, pod
 from kubernetes.stage import InTest, Stage, on_every_stage, until
-from kubernetes.virtual_time import in_virtual_time
 from picker.sources.kubernetes import objects
 from picker.sources.kubernetes.client import Client
 from picker.sources.kubernetes.objects import Pod
 from picker.sources.kubernetes.reflector import PAGE_SIZE, Reflector
+from virtual_time import in_virtual_time
 
 
 @dataclass

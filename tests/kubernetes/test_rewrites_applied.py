@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kubernetes.virtual_time import in_virtual_time
 
 from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import PODS, POOLS, REWRITES, pod, pool, rewrite, rule
@@ -20,6 +19,7 @@ from kubernetes.stage import until
 from picker.app import App
 from picker.config import Config, from_values
 from picker.exchange import Forward, RequestBody, RequestHead
+from virtual_time import in_virtual_time
 
 OLD_REWRITES = ("/apis/inference.networking.x-k8s.io/v1alpha2", "inferencemodelrewrites")
 

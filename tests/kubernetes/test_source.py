@@ -40,11 +40,11 @@ from kubernetes.stage import (
     until,
     watching,
 )
-from kubernetes.virtual_time import in_virtual_time
 from picker.errors import ConfigError
 from picker.sources.kubernetes.credentials import FileTokens
 from picker.sources.kubernetes.scope import Scope
 from picker.types import EndpointAdded, EndpointRemoved
+from virtual_time import in_virtual_time
 
 POOL = Scope("default", ("pool",))
 OLD_REWRITES = ("/apis/inference.networking.x-k8s.io/v1alpha2", "inferencemodelrewrites")

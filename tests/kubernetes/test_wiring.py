@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubernetes.virtual_time import in_virtual_time
 
 from kubernetes.api_server import ApiServer, serving
 from kubernetes.manifests import LEASES, OBJECTIVES, PODS, POOLS, objective, pod, pool
@@ -22,6 +21,7 @@ from picker.errors import ConfigError
 from picker.frontends.admin import _readiness
 from picker.frontends.extproc import ExtProc
 from picker.types import Decision, Finished, Request
+from virtual_time import in_virtual_time
 
 
 def config(server: ApiServer, folder: Path, **more: object) -> Config:

@@ -109,7 +109,7 @@ def port() -> socket.socket:
     return listener
 
 
-async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(check: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait for another task's doing."""
     async with asyncio.timeout(seconds):
         while not check():  # noqa: ASYNC110 - real sockets

@@ -146,7 +146,7 @@ def statuses(received: bytes) -> list[int]:
 
 
 @asynccontextmanager
-async def gateway(*, limits: Limits | None = None, patience: float = 0.1, **options: Any) -> AsyncIterator[Gateway]:
+async def gateway(*, limits: Limits | None = None, patience: float = 1.0, **options: Any) -> AsyncIterator[Gateway]:
     """A proxy in front of one witness. patience: seconds it waits for clients to go on. options: of `Proxy`."""
     endpoint = Witness()
     server = await asyncio.start_server(endpoint.serve, "127.0.0.1", 0)
@@ -163,7 +163,7 @@ async def gateway(*, limits: Limits | None = None, patience: float = 0.1, **opti
     proxy = Proxy(runtime, **(own | options))
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
     made = Gateway(port_of(listener), endpoint, proxy, runtime)
-    async with asyncio.timeout(30), server, asyncio.TaskGroup() as group:
+    async with asyncio.timeout(60), server, asyncio.TaskGroup() as group:
         group.create_task(proxy.serve(listener, stop))
         try:
             yield made

@@ -37,7 +37,7 @@ class Told(list[Fact]):
         self._more.set()
 
     async def until(self, count: int) -> list[Fact]:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60):
             while len(self) < count:
                 self._more.clear()
                 await self._more.wait()

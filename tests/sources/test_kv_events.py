@@ -698,7 +698,7 @@ class Scene:
 
     async def pause(self) -> None:
         """Wait until the source has paused once more."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             before = len(self.paused)
             while len(self.paused) == before:
                 self.changed.clear()
@@ -706,7 +706,7 @@ class Scene:
 
     async def until(self, *short: object, name: str | None = None) -> None:
         """Wait for these facts, and no others."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             while len(self.told(name)) < len(short):
                 self.changed.clear()
                 await self.changed.wait()
@@ -714,7 +714,7 @@ class Scene:
 
     async def counted(self, enough: Callable[[], bool]) -> None:
         """Let the loop go on until so much was counted that no fact tells of."""
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(60):
             while not enough():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from dead_port import dead_port
 from picker.sources import scrape
 from picker.sources.scrape import AiohttpFetch, FetchFailure, FetchResult, Manner, ScrapeSource
 from picker.types import (
@@ -672,10 +673,9 @@ async def test_fetch_follows_no_redirect() -> None:
 
 
 async def test_fetch_names_a_refused_connection() -> None:
-    async with serving(empty) as url:
-        pass  # closed: nobody listens on the port
-    async with AiohttpFetch(timeout=30) as fetch:
-        assert await fetch(url) == REFUSED
+    with dead_port() as address:
+        async with AiohttpFetch(timeout=30) as fetch:
+            assert await fetch(f"http://{address}") == REFUSED
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from picker.types import Call, CallKind, Reading, Unread
 from tiny_tokenizers import PROSE, spec
 
 HASHER = PrefixHasher(b"secret")
-LONG = 10.0  # seconds that no test waits for
+LONG = 60.0  # seconds that no test waits for
 
 
 class FakePrompts:

@@ -102,7 +102,7 @@ class Bus:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for what comes over the bus."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 

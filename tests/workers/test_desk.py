@@ -58,7 +58,7 @@ async def played(of: Runtime, gates: list[Gate], asked: list[tuple[bytes, bool]]
     for number, (body, ends) in enumerate(asked):
         if ends and running:
             await answer(*running.pop(0))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while len(of.scheduler.charges) != len(running):  # noqa: ASYNC110
                     await asyncio.sleep(0)
         gate = gates[number % len(gates)]

@@ -36,7 +36,7 @@ class Stage:
         self.processes.start(Part(name, launch))
 
     async def until(self, count: int) -> list[str]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.told) < count:
                 try:
                     self.told += os.read(self.read, 4096).decode().splitlines()

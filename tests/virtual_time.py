@@ -11,27 +11,34 @@ import functools
 import inspect
 import selectors
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec
+from concurrent.futures import Executor
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _MOMENT = 0.002  # real seconds
-_DEADLOCK = 20.0
+_DEADLOCK = 60.0
 
 
 class _Selector(selectors.DefaultSelector):
-    """jumped: seconds that were not waited for."""
+    """jumped: seconds that were not waited for. busy: pieces of work that threads have in hand, which take real time
+    and wake the loop when they are done.
+    """
 
     jumped = 0.0
+    busy = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
-        ready = super().select(_MOMENT if timeout is not None else _DEADLOCK)
+        jumps = timeout is not None and not self.busy
+        ready = super().select(_MOMENT if jumps else _DEADLOCK)
         if not ready:
-            assert timeout is not None, "nothing will ever happen again"
-            self.jumped += timeout
+            assert jumps, "nothing will ever happen again"
+            self.jumped += timeout or 0.0
         return ready
 
 
@@ -42,6 +49,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return 1000.0 + self._jumps.jumped
+
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        work = super().run_in_executor(executor, func, *args)
+        self._jumps.busy += 1
+        work.add_done_callback(self._has_ended)
+        return work
+
+    def _has_ended(self, _: object) -> None:
+        self._jumps.busy -= 1
 
 
 def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
