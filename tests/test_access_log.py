@@ -243,3 +243,9 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path: Path, caplog: pytest
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--access-log: cannot write .*none/log: No such file"):
         RequestLog(str(tmp_path / "none" / "log"))
+
+
+def test_the_example_in_the_manual_is_such_a_line() -> None:
+    manual = (Path(__file__).parent.parent / "docs" / "data-plane.md").read_text(encoding="utf-8")
+    (example,) = [line for line in manual.splitlines() if line.startswith('{"time"')]
+    assert list(json.loads(example)) == KEYS

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,18 @@ def test_a_trace_that_compares_nothing_is_refused(tmp_path: Path) -> None:
         make_plan(Setup(trace=tmp_path / "missing.jsonl"))
 
 
-@pytest.mark.parametrize(("flag", "setup"), [("--endpoints", {"endpoints": 1}), ("--duration", {"duration": 0.0})])
+@pytest.mark.parametrize("line", ['{"time": 1, "prompt_tokens": 5, "output_tokens": 5}', '{"hash_ids": [1]}', "words"])
+def test_a_file_of_another_kind_is_told_what_kinds_are_taken(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "access.jsonl"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=r"access\.jsonl.*: the demo takes Mooncake's JSON lines and Azure's CSV"):
+        make_plan(Setup(trace=path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "setup"),
+    [("--endpoints", {"endpoints": 1}), ("--duration", {"duration": 0.0}), ("--duration", {"duration": math.inf})],
+)
 def test_a_demo_of_nothing_is_refused(flag: str, setup: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=flag):
         Setup(**setup)  # type: ignore[arg-type]

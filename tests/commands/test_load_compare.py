@@ -45,8 +45,8 @@ def test_json_is_all_there_is_on_stdout(files: tuple[Path, Path]) -> None:
 
 
 def test_the_page_of_a_comparison_is_written(files: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="pip install 'picker-gateway[report]'")
-    pytest.importorskip("jinja2", reason="pip install 'picker-gateway[report]'")
+    pytest.importorskip("matplotlib", reason="pip install matplotlib jinja2")
+    pytest.importorskip("jinja2", reason="pip install matplotlib jinja2")
     page = tmp_path / "compare.html"
     assert invoke("compare", *files, "--html", page).exit_code == 0
     assert "after beside before" in page.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_a_report_is_made_again_of_a_saved_run(files: tuple[Path, Path], tmp_pat
 
 
 def test_runs_at_several_rates_say_where_the_knee_is(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="pip install 'picker-gateway[report]'")
+    pytest.importorskip("matplotlib", reason="pip install matplotlib jinja2")
     paths = []
     for rate, slower in ((4, 1.0), (8, 9.0)):
         paths.append(tmp_path / f"at-{rate}.json")

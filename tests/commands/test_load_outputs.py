@@ -42,6 +42,12 @@ def test_what_cannot_be_written_is_refused_before_the_load(tmp_path: Path) -> No
         outputs(report_file=tmp_path / "run.txt")
 
 
+def test_without_its_libraries_a_page_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("picker.commands.load_outputs.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--html needs jinja2: pip install matplotlib jinja2"):
+        outputs(html=tmp_path / "run.html")
+
+
 def test_keys_and_passwords_are_left_out_of_the_command() -> None:
     typed = [
         "/bin/picker",

@@ -17,6 +17,7 @@ from picker.commands.proxy_doors import Doors, fixed_keys, passes_on
 from picker.config import Config, Part, from_values, load_config
 from picker.core import flow
 from picker.errors import ConfigError
+from picker.frontends.admin_control import MisunderstoodError
 from picker.frontends.certificates import self_signed
 from picker.frontends.proxy import Proxy
 from picker.frontends.serving import listen, port_of
@@ -68,6 +69,13 @@ def test_keys_come_from_the_command_line_and_the_environment() -> None:
     assert names == ["default", "alice", "bob", "carol"]
     with pytest.raises(ConfigError, match="PICKER_API_KEYS"):
         fixed_keys(None, "nonsense")
+
+
+@pytest.mark.parametrize("text", ["", " ", "# none", ",\n"])
+def test_a_variable_without_a_key_does_not_open_the_gateway(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("PICKER_API_KEYS", text)
+    with pytest.raises(ConfigError, match=r"PICKER_API_KEYS: it is set and .*keeps nobody out; unset it, or give"):
+        Doors(from_values({"endpoints": ["a:1"]}))
 
 
 def test_clients_keys_are_passed_on_only_where_they_may_be_the_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +134,32 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(values: dict[str, An
     with pytest.raises(ConfigError):
         running.control.add(values)
     assert running.pool == {"a:1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "endpoint: .*missing required field `address`"),
+        ({"adress": "b:2"}, "adress: unknown key; did you mean 'address'"),
+        ({"address": "b"}, "the port is missing"),
+        ({"address": "b:2", "weight": 500}, r"a weight is a number from 0\.01 to 100"),
+        ({"address": "b:2", "weight": "2"}, "weight: must be a number, and is text"),
+        ({"address": "b:2", "rank": -1}, "rank: must be a whole number, 0 or more"),
+        ({"address": "b:2", "role": "both ways"}, "is not one of"),
+        ({"address": "b:2", "api_key": "two words"}, "characters that no header can have"),
+        ({"address": "b:2", "api_key_file": "f"}, "the key itself is given"),
+    ],
+)
+def test_what_is_written_wrongly_is_told_from_what_is_in_the_way(values: dict[str, Any], words: str) -> None:
+    control = Running({"endpoints": ["a:1"]}).control
+    with pytest.raises(MisunderstoodError, match=words):
+        control.add(values)
+    with pytest.raises(MisunderstoodError, match="a weight is a number"):
+        control.weigh("a:1", 500.0)
+    for taken in ("a:1", "127.0.0.1:8080"):
+        with pytest.raises(ConfigError) as refused:
+            control.add({"address": taken})
+        assert not isinstance(refused.value, MisunderstoodError)
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1:8080", "localhost:8080", "http://localhost:9090"])

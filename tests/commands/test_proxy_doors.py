@@ -101,6 +101,17 @@ async def test_scrapes_and_the_survey_trust_whom_requests_trust(engine: Engine, 
         assert await surveys(doors, engine) is None
 
 
+async def test_an_endpoint_whose_certificate_is_not_trusted_is_lost_to_requests_and_scrapes_alike(
+    engine: Engine,
+) -> None:
+    doors = doors_of({}, engine.endpoint)
+    assert not await sends(doors, engine)
+    async with AiohttpFetch(timeout=5.0, manners=doors.manners) as fetch:
+        result = await fetch(f"{root_of(engine.endpoint)}/metrics")
+    assert result.lost
+    assert "--endpoint-ca" in result.problem
+
+
 async def test_a_reload_of_certificates_holds_for_scrapes_as_well(engine: Engine) -> None:
     doors = doors_of({}, engine.endpoint)
     async with AiohttpFetch(timeout=5.0, manners=doors.manners) as fetch:

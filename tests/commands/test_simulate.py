@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.progress import Progress, TaskID
 
+from picker.commands import simulate as commands_simulate
 from picker.commands.simulate import command
 from picker.errors import ConfigError
 
@@ -128,7 +132,7 @@ def test_what_was_saved_is_joined_and_shown_without_running(tmp_path: Path) -> N
 
 def test_a_report_is_written_beside_the_json(tmp_path: Path) -> None:
     for library in ("matplotlib", "jinja2"):
-        pytest.importorskip(library, reason=f"needs {library}: pip install 'picker-gateway[report]'")
+        pytest.importorskip(library, reason=f"needs {library}: pip install matplotlib jinja2")
     page = tmp_path / "out.html"
     result = call(*SMALL, "--policy", "random", "--json", "--report", str(page))
     assert json.loads(result.stdout)["runs"]
@@ -141,7 +145,7 @@ def test_without_its_libraries_a_report_says_how_to_get_them(monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "picker.sim.report.page", raising=False)
     monkeypatch.delitem(sys.modules, "picker.sim.report.plots", raising=False)
     monkeypatch.delattr("picker.sim.report.page", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'picker-gateway\[report\]'"):
+    with pytest.raises(ConfigError, match="pip install matplotlib jinja2"):
         call(*SMALL, "--report", str(tmp_path / "out.html"))
 
 
@@ -149,11 +153,13 @@ def test_without_its_libraries_a_report_says_how_to_get_them(monkeypatch: pytest
     ("flags", "complaint"),
     [
         ((), "--scenario NAME or --trace FILE"),
-        ((*SMALL, "--policy", "leastrequest"), "least-request"),
+        ((*SMALL, "--policy", "leastrequest"), "did you mean least-request"),
+        ((*SMALL, "--policy", "foo"), "no policy 'foo'; there are random, round-robin, "),
         (("--scenario", "agentc"), "agentic"),
         ((*SMALL, "--model", "llama"), "no model profile"),
+        ((*SMALL, "--model", "xyz"), "no model profile 'xyz'; there are "),
+        (("--scenario", "xyzzy"), "'xyzzy' is unknown; known: S1"),
         ((*SMALL, "--load", "0.5", "--rate-scale", "2"), "give one of them"),
-        ((*SMALL, "--rate-scale", "0"), "must be positive"),
         ((*SMALL, "--trace-format", "mooncake"), "without --trace"),
         (("--trace", "absent.jsonl"), "absent.jsonl"),
         (("--scenario", "S2,S3", "--trace", "absent.jsonl"), "name one scenario"),
@@ -169,5 +175,32 @@ def test_wrong_usage_is_told_in_a_line(flags: tuple[str, ...], complaint: str) -
         call(*flags)
 
 
-def test_a_load_that_is_no_number_is_refused() -> None:
-    assert call(*SMALL, "--load", "much").exit_code == 2
+@pytest.mark.parametrize("load", ["much", "inf", "0.5,nan", "0"])
+def test_a_load_that_is_no_number_is_refused(load: str) -> None:
+    result = call(*SMALL, "--load", load)
+    assert (result.exit_code, "one number or several" in result.stderr) == (2, True)
+
+
+def test_the_table_says_what_the_warm_up_leaves_out() -> None:
+    shown = call(*SMALL, "--policy", "random")
+    assert "what arrives in the warm-up is sent and not counted: the first 180 s" in shown.stdout
+    assert "warm-up" not in call(*SMALL, "--policy", "random", "--json").stdout
+
+
+def test_an_access_log_is_known_by_its_lines(tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    lines = ({"time": n, "prompt_tokens": 100, "output_tokens": 3} for n in range(5))
+    log.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    assert runs("--trace", str(log), "--pods", "2", "--policy", "random")[0]["requests"] == 5
+
+
+def test_an_interrupt_ends_what_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(bar: Progress, task: TaskID) -> None:
+        raise KeyboardInterrupt
+
+    # The first trial ends at once, and the second as good as never.
+    monkeypatch.setattr(commands_simulate, "simulate", time.sleep)
+    monkeypatch.setattr(Progress, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands_simulate._run([0.0, 1e6], jobs=2)  # type: ignore[list-item]
+    assert multiprocessing.active_children() == []

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 import fakes
 from picker.errors import ConfigError
 from picker.frontends.admin import Admin
-from picker.frontends.admin_control import closed_by_default
+from picker.frontends.admin_control import MisunderstoodError, closed_by_default
 from picker.frontends.keys import Keyring, parse_keys
 from picker.prefix.blocks import BlockHasher
 from picker.runtime import Runtime
@@ -51,6 +51,8 @@ class Notebook:
     def add(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get("address") == "taken:1":
             raise ConfigError("endpoint 'taken:1' is listed already")
+        if "adress" in values:
+            raise MisunderstoodError("adress: unknown key; did you mean 'address'?")
         return self._noted("add", dict(values))
 
     def remove(self, name: str) -> dict[str, Any]:
@@ -103,6 +105,26 @@ async def test_with_the_key_it_is_from_wherever_it_comes(method: str, path: str,
         answer = await client.request(method, path, content=body, headers={"authorization": f"Bearer {KEY}"})
         assert answer.status_code in (200, 201)
         assert len(control.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        (
+            {},
+            "The admin API wants its own key (admin.token_file, PICKER_ADMIN_KEY), which is not the gateway's API key",
+        ),
+        (
+            {"authorization": "Bearer sk-client"},
+            "This is no admin key (admin.token_file, PICKER_ADMIN_KEY); the gateway",
+        ),
+        ({"authorization": f"Bearer {KEY}x"}, "This is no admin key"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/endpoints", "/debug/endpoints"])
+async def test_who_is_refused_reads_which_key_is_meant(path: str, headers: dict[str, str], words: str) -> None:
+    async with admin(Notebook(), keys=f"ops:{KEY}") as client:
+        assert (await client.get(path, headers=headers)).json()["detail"].startswith(words)
 
 
 async def test_a_key_that_is_switched_off_is_forbidden() -> None:
@@ -194,6 +216,7 @@ async def test_a_name_may_have_slashes() -> None:
         ("POST", "/endpoints/missing/drain", b"", 404),
         ("PUT", "/endpoints/missing/weight", b'{"weight": 1}', 404),
         ("POST", "/endpoints", b'{"address": "taken:1"}', 409),
+        ("POST", "/endpoints", b'{"adress": "b:1"}', 422),
         ("POST", "/endpoints", b"", 422),
         ("POST", "/endpoints", b"[1]", 422),
         ("POST", "/endpoints", b"[" * 60_000, 422),

@@ -194,7 +194,7 @@ async def test_endpoints_that_are_given_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kubernetes": {"pools": ["p"], "kubeconfig": "/none"}}, "/none: is no usable kubeconfig"),
+        ({"kubernetes": {"pools": ["p"], "kubeconfig": "/none"}}, "/none: the kubeconfig cannot be read"),
         ({"kubernetes": {"pool": ["p"]}}, "kubernetes.pool: unknown key; did you mean 'pools'"),
         ({"kubernetes": {"silence_s": 0}}, "kubernetes.silence_s: must be greater than 0"),
         ({}, "no endpoints: give --endpoint URL .* --pool-name"),

@@ -18,7 +18,7 @@ from picker.load.windows import Windows
 
 run_page = pytest.importorskip(
     "picker.load.run_page",
-    reason="needs matplotlib and jinja2: pip install 'picker-gateway[report]'",
+    reason="needs matplotlib and jinja2: pip install matplotlib jinja2",
     exc_type=ModuleNotFoundError,
 )
 compare_page = pytest.importorskip("picker.load.compare_page", exc_type=ModuleNotFoundError)

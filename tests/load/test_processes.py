@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.context import SpawnProcess
 
 import pytest
+import uvloop
 
 from load.fake_openai import FakeAnswer, Json, answer_well, chunk, fake_server
 from picker.load.client import Record, Target
-from picker.load.processes import Job, LostProcessError, dealt, drive_job, merged, useful
+from picker.load.processes import Job, LostProcessError, _measure, _Worker, dealt, drive_job, merged, useful
 from picker.load.schedule import Pace, Progress, Run
 from picker.load.text import PLAIN, Piece, PseudoWords
 from picker.load.workload import Plan, Planned, Turn
@@ -104,3 +110,64 @@ async def test_a_process_that_breaks_is_an_error_and_not_a_shorter_run() -> None
     broken = replace(job(2), wording=None)  # type: ignore[arg-type]
     with pytest.raises((LostProcessError, ExceptionGroup)):
         await drive_job(broken, 2, stop=asyncio.Event())
+
+
+@dataclass(frozen=True, slots=True)
+class FakeProcess:
+    """Ends when the other end of `sentinel` is closed."""
+
+    sentinel: int
+    exitcode: int = 3
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+def test_what_a_process_said_last_is_heard_when_its_pipe_is_reset() -> None:
+    async def hear() -> list[object]:
+        ours, theirs = multiprocessing.Pipe()
+        sentinel, end = os.pipe()
+        worker = _Worker(FakeProcess(sentinel), ours)
+        worker.tell_stop()
+        theirs.send("almost done")
+        theirs.send("the run")
+        theirs.close()  # with "stop" unread: this resets it
+        os.close(end)
+        async with asyncio.timeout(20):
+            heard = [await worker.next(), await worker.next()]
+            with pytest.raises(LostProcessError, match="status 3"):
+                await worker.next()
+        ours.close()
+        os.close(sentinel)
+        return heard
+
+    # What libuv does with a reset pipe, the loop of the standard library does not.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(hear()) == ["almost done", "the run"]
+
+
+async def test_a_process_reads_that_it_shall_stop() -> None:
+    async def hang(request: Json, answer: FakeAnswer) -> None:
+        ours.send("stop")
+        await asyncio.Event().wait()
+
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        ours.send(time.monotonic())
+        async with fake_server(hang) as server:
+            run = await _measure(theirs, job(1, url=server.url))
+        assert (run.stopped, theirs.poll()) == (True, False)
+
+
+async def test_ctrl_c_while_processes_start_is_not_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SpawnProcess.start
+
+    def interrupted(process: SpawnProcess) -> None:
+        start(process)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupted)
+    async with fake_server() as server:
+        run = await drive_job(job(4, url=server.url), 2, stop=asyncio.Event())
+    assert (len(run.records), run.failed) == (4, 0)

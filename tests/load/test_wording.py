@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,4 +112,10 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         vocabulary(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not a tokenizer"):
+        vocabulary(tmp_path)
+
+
+def test_without_its_library_a_tokenizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"pip install tokenizers$"):
         vocabulary(tmp_path)

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,13 @@ def test_a_faster_pod_is_faster_in_every_part() -> None:
 def test_an_unknown_profile_names_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"no model profile 'qwen3-32b'.*qwen3-32b-2xh100"):
         profile("qwen3-32b")
+
+
+@pytest.mark.parametrize("name", ["kv_tokens", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+def test_a_limit_of_nothing_is_refused(name: str) -> None:
+    nothing: dict[str, Any] = {name: 0}
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, not 0"):
+        dataclasses.replace(profile("llama-3.1-8b-h100"), **nothing)
 
 
 def test_limits_that_vllm_refuses_are_refused() -> None:

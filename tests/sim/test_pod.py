@@ -859,7 +859,7 @@ async def test_pods_have_ports_of_their_own_and_a_taken_port_is_a_config_error()
     async with running_pods(3, model="tiny") as urls:
         assert len(set(urls)) == 3
         port = int(urls[1].rsplit(":", 1)[1])
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: another program listens there; "):
             async with running_pods(1, port=port):
                 pass
 

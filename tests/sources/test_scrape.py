@@ -43,6 +43,7 @@ def with_running(running: float, waiting: float = 0.0) -> FetchResult:
 
 FULL = FetchResult(200, page().body + b"\nvllm:num_requests_running 0\nvllm:kv_cache_usage_perc 0\n")
 MODELS = FetchResult(200, b'{"object":"list","data":[{"id":"tiny","max_model_len":1024}]}')
+_HANDSHAKES = (FetchFailure.TLS, FetchFailure.NOT_TLS)
 HTML = FetchResult(200, b"<html>nginx</html>")
 REFUSED = FetchResult(failure=FetchFailure.REFUSED)
 TIMEOUT = FetchResult(failure=FetchFailure.TIMEOUT)
@@ -440,7 +441,22 @@ async def test_losses_that_are_not_in_a_row_are_no_illness() -> None:
     assert scene.health() == []
 
 
-@pytest.mark.parametrize("answer", [HTML, FetchResult(404), FetchResult(failure=FetchFailure.TLS)])
+@pytest.mark.parametrize("failure", _HANDSHAKES)
+async def test_a_failed_handshake_is_an_illness_where_requests_are_sent_by_the_same_settings(
+    failure: FetchFailure, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene()
+    scene.pods.metrics["a:8000"] = FetchResult(failure=failure, shared=True)
+    scene.source.add(pod("a"))
+    async with scene.running():
+        await scene.time.pass_(60.0)
+    ((_, healthy, reason),) = scene.health()
+    assert not healthy
+    assert ("http://" in reason) if failure is FetchFailure.NOT_TLS else ("--endpoint-ca" in reason)
+    assert f"endpoint a is unhealthy: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [HTML, FetchResult(404), *(FetchResult(failure=each) for each in _HANDSHAKES)])
 async def test_a_server_without_metrics_is_not_unhealthy(answer: FetchResult) -> None:
     scene = Scene()
     scene.pods.metrics["a:8000"] = answer
@@ -698,9 +714,15 @@ async def test_fetch_names_a_connection_that_breaks_or_speaks_otherwise(reply: b
         assert await fetch(f"http://127.0.0.1:{port}/metrics") == FetchResult(failure=failure)
 
 
-async def test_fetch_names_a_failed_tls_handshake() -> None:
+async def test_fetch_tells_a_server_without_tls_and_whether_requests_would_fare_so_too() -> None:
     async with serving(empty) as url, AiohttpFetch(timeout=30) as fetch:
-        assert (await fetch(url.replace("http:", "https:"))).failure is FetchFailure.TLS
+        result = await fetch(url.replace("http:", "https:"))
+        assert (result.failure, result.lost) == (FetchFailure.NOT_TLS, False)
+        assert "http://" in result.problem
+    alike = Manner(shared=True)
+    async with serving(empty) as url, AiohttpFetch(timeout=30, manners=lambda root: alike) as fetch:
+        result = await fetch(url.replace("http:", "https:"))
+        assert (result.failure, result.lost) == (FetchFailure.NOT_TLS, True)
 
 
 async def test_fetch_names_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from picker.check.engine import samples
+from picker.check.engine import samples, unreached
 from picker.check.verdict import Check, Finding, Level, Tier, Trace, failed, passed, skipped
 
 SELF = "picker, admin port"
@@ -41,7 +41,7 @@ class AdminPort:
             async with asyncio.timeout(self.patience), self.session.get(self.url + path) as response:
                 body = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise OSError(f"no picker answers at {self.url}: {type(error).__name__}") from None
+            raise OSError(f"no picker can be reached at {self.url}: {unreached(error)}") from None
         self.trace.receive(f"{response.status}, {len(body)} bytes")
         return body
 

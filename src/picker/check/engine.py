@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import re
 import time
@@ -70,6 +71,27 @@ class Answer:
         return told if isinstance(told, int) else None
 
 
+def unreached(error: aiohttp.ClientError | TimeoutError) -> str:
+    """Why there is no answer, for people."""
+    match error:
+        case TimeoutError():
+            return "no answer in time"
+        case aiohttp.ClientConnectorDNSError():
+            return "there is no such host"
+        case aiohttp.ClientSSLError():
+            return "no TLS handshake comes about; is it http://, or its certificate not to be trusted?"
+        case aiohttp.ClientConnectorError():
+            # asyncio's own words repeat the address.
+            number = error.os_error.errno
+            return "no connection comes about" if number is None else os.strerror(number).lower()
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientOSError():
+            return "the connection was broken off"
+        case aiohttp.InvalidURL():
+            return "that is no URL"
+        case _:
+            return f"what answers speaks no HTTP ({type(error).__name__})"
+
+
 @dataclass(slots=True)
 class Engine:
     """One engine under test. url: of its HTTP port. events, replay: where it publishes, if it does not tell itself.
@@ -119,7 +141,7 @@ class Engine:
             async with asyncio.timeout(self.patience), request as response:
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise OSError(f"{self.url} does not answer: {type(error).__name__}") from None
+            raise OSError(f"{self.url} cannot be reached: {unreached(error)}") from None
 
     async def model(self) -> str:
         """The first model that it serves. Raises OSError where it names none."""

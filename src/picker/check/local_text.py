@@ -27,7 +27,7 @@ class LocalText:
             self._tokenizer = import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._jinja = import_module("jinja2.sandbox")
         except ImportError as error:
-            raise UntoldError(f"{error.name} is not installed: pip install 'picker-gateway[exact]'") from None
+            raise UntoldError(f"{error.name} is not installed: pip install tokenizers jinja2") from None
         except Exception as error:  # the library raises nothing more special
             raise UntoldError(f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}") from None
         self._config = self._json("tokenizer_config.json")

@@ -23,6 +23,7 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 _KIND = re.compile(r"[a-zA-Z]([-a-zA-Z0-9]{0,61}[a-zA-Z0-9])?")
 _GROUP = re.compile(r"|[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _POOL_KEYS = {"selector", "targetPorts", "appProtocol", "endpointPickerRef"}
+_NAMED = 8  # files in one sentence
 _REF_KEYS = {"group", "kind", "name", "port", "failureMode"}
 
 # What an endpoint picker may ask of the API server; "*" never.
@@ -57,6 +58,15 @@ async def readable(papers: Papers) -> Finding:
     if bad:
         return failed(f"{bad[0].name}: {bad[0].problem}")
     return passed(f"{len(papers.all)} documents") if papers.all else skipped("no files")
+
+
+async def recognised(papers: Papers) -> Finding:
+    """Files of other programs are no fault of these; whoever misspelt the only key of a configuration reads it here."""
+    others = sorted({paper.name for paper in papers.of(Kind.OTHER)})
+    if others:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        return skipped(f"not recognised, and so not checked: {', '.join(others[:_NAMED])}{more}")
+    return passed()
 
 
 # --- InferencePool -----------------------------------------------------------------------------------------
@@ -219,6 +229,7 @@ _CRD = "InferencePool v1 CRD"
 
 CHECKS: Sequence[Check[Papers]] = (
     _check("FILES-1.readable", "Every file can be read.", readable, "practice"),
+    _check("FILES-2.recognised", "Every file is of a kind that is checked.", recognised, "practice", Level.SHOULD),
     _check("CONFIG-1.picker", "picker takes its configuration.", picker_config, "picker"),
     _check("CONFIG-2.endpoints", "picker takes its endpoints file.", endpoints_file, "picker"),
     _check("CRD-2.pool", "InferencePools keep to the v1 schema.", _each(["InferencePool"], pool_schema), _CRD),

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from picker.check.verdict import Trace
+from picker.config import Config
 
+_OWN_KEYS = frozenset(Config.__struct_fields__)
 _SUFFIXES = (".yaml", ".yml", ".json")
 # libyaml where PyYAML has it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -24,6 +26,7 @@ class Kind(enum.Enum):
     MANIFEST = "Kubernetes manifest"
     POOL = "endpoints file"
     PICKER = "picker configuration"
+    OTHER = "not recognised"
     UNREADABLE = "unreadable"
 
 
@@ -93,7 +96,8 @@ def _kind(value: dict[str, Any]) -> Kind:
         return Kind.MANIFEST
     if set(value) == {"endpoints"}:
         return Kind.POOL
-    return Kind.PICKER
+    # Folders hold files of other programs, too; what has no key of picker's is nobody's mistake here.
+    return Kind.PICKER if _OWN_KEYS.intersection(map(str, value)) else Kind.OTHER
 
 
 def within(value: object, key: str) -> Iterator[Any]:

@@ -40,6 +40,9 @@ async def _one(check: Check[S], subject: S, trace: Trace, variant: str) -> Verdi
         finding = Finding(Outcome.ERROR, f"the check was not over after {check.limit:g} s")
     except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
         finding = Finding(Outcome.ERROR, f"gRPC: {error}")
+    except OSError as error:
+        # Those of checks have words; the system's own have a number, and say little without their kind.
+        finding = Finding(Outcome.ERROR, str(error) if error.errno is None else f"{type(error).__name__}: {error}")
     except Exception as error:
         # Supervision: one check that breaks must not take the others' verdicts along.
         finding = Finding(Outcome.ERROR, f"{type(error).__name__}: {error}")

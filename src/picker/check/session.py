@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from picker import envoy
@@ -20,7 +20,7 @@ from picker.check.pods import Pods
 from picker.check.prompts import Prompts
 from picker.check.rig import Rig, Setup, standing
 from picker.check.subject import Subject
-from picker.check.verdict import Check, Tier, Trace, Verdict
+from picker.check.verdict import Check, Tier, Trace, Verdict, skipped
 from picker.children import Child, Children, supervised
 from picker.envoy import Topology
 from picker.errors import ConfigError
@@ -49,7 +49,8 @@ class Plan:
     """What to check. picker: where it serves, None for picker's own. health: its health port, when that is another.
 
     sources: for tier T3. cluster: for tier T4; evidence: a folder for what it measured. only: ids or families of ids.
-    binary: an Envoy of one's own. settle, bound, patience: seconds (see `Subject`).
+    binary: an Envoy of one's own; no_envoy: why there is none, where T2 may go without. settle, bound, patience:
+    seconds (see `Subject`).
     """
 
     tiers: frozenset[Tier]
@@ -60,6 +61,7 @@ class Plan:
     only: tuple[str, ...] = ()
     topologies: tuple[Topology, ...] = (Topology.OVERRIDE_HOST,)
     binary: Path | None = None
+    no_envoy: str = ""
     model: str = "check"
     seed: int = 1
     patience: float = 5.0
@@ -100,12 +102,17 @@ async def run(plan: Plan, tell: Tell) -> Run:
         await _run_t0(plan, done, tell)
     wanted = (Tier.T1, *runner.chosen(registry.T1, plan.only)), (Tier.T2, *runner.chosen(registry.T2, plan.only))
     tiers = {tier for tier, *checks in wanted if tier in plan.tiers and checks}
+    unable = plan.no_envoy if Tier.T2 in tiers else ""
+    if unable:
+        tiers.remove(Tier.T2)
     if tiers:
         async with _standing(plan) as stand:
             if Tier.T1 in tiers:
                 await _run_t1(plan, stand, done, tell)
             if Tier.T2 in tiers:
                 await _run_t2(plan, stand, done, tell)
+    if unable:
+        _skip_t2(plan, unable, done, tell)
     if Tier.T3 in plan.tiers:
         done.verdicts += await knowledge.run(plan.sources, plan.only, plan.seed, plan.patience, tell)
     if Tier.T4 in plan.tiers and plan.cluster is not None:
@@ -192,6 +199,13 @@ async def _run_t2(plan: Plan, stand: _Stand, done: Run, tell: Tell) -> None:
                 )
 
 
+def _skip_t2(plan: Plan, why: str, done: Run, tell: Tell) -> None:
+    for topology in plan.topologies:
+        for check in _for(topology, plan):
+            done.verdicts.append(runner.verdict_of(check, skipped(why), Trace(), topology.value, 0.0))
+            tell(done.verdicts[-1])
+
+
 def _for(topology: Topology, plan: Plan) -> list[Check[Rig]]:
     return [check for check in runner.chosen(registry.T2, plan.only) if topology.value in check.variants]
 
@@ -262,9 +276,20 @@ async def _epp(children: Children, name: str, *flags: str) -> Child:
     return await children.start_picker(name, "epp", *anywhere, *flags)
 
 
-def need_envoy(binary: Path | None) -> None:
-    """Complain before anything is started."""
-    if binary is None:
-        envoy.find_envoy()
-    elif not binary.is_file():
-        raise ConfigError(f"--envoy-binary: there is no file {binary}")
+def need_envoy(plan: Plan, *, asked: bool) -> Plan:
+    """Complain before anything is started, where an Envoy is asked for; else note in the plan that there is none.
+
+    Raises ConfigError. Where no check that is chosen goes by Envoy, none is looked for.
+    """
+    if Tier.T2 not in plan.tiers or not runner.chosen(registry.T2, plan.only):
+        return plan
+    if plan.binary is not None and not plan.binary.is_file():
+        raise ConfigError(f"--envoy-binary: there is no file {plan.binary}")
+    try:
+        if plan.binary is None:
+            envoy.find_envoy()
+    except ConfigError as error:
+        if asked:
+            raise
+        return replace(plan, no_envoy=str(error))
+    return plan

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from picker.bench import machine
 from picker.bench.cases import CHUNKS, PROMPT_BYTES
+from picker.commands.numbers import AT_LEAST_ONE, POSITIVE, SEED
 from picker.commands.options import run
 from picker.config import EPP_MODES, MOST_WORKERS
 
@@ -31,8 +32,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="One JSON object on
 
 
 @command.command()
-@click.option("--repeats", default=400, show_default=True, help="Decisions per row.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--repeats", type=AT_LEAST_ONE, default=400, show_default=True, help="Decisions per row.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @_json
 def pick(repeats: int, seed: int, as_json: bool) -> None:
     """One whole decision, by number of endpoints and prompt size."""
@@ -51,10 +52,18 @@ def pick(repeats: int, seed: int, as_json: bool) -> None:
     metavar="N",
     help="Endpoints; repeat for several.",
 )
-@click.option("--blocks", default=1_000_000, show_default=True, help="Blocks of all endpoints, for the memory figures.")
-@click.option("--events", default=200_000, show_default=True, help="Blocks stored or removed, for the rate.")
-@click.option("--repeats", default=200, show_default=True, help="Prompts matched per row.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--blocks",
+    type=AT_LEAST_ONE,
+    default=1_000_000,
+    show_default=True,
+    help="Blocks of all endpoints, for the memory figures.",
+)
+@click.option(
+    "--events", type=AT_LEAST_ONE, default=200_000, show_default=True, help="Blocks stored or removed, for the rate."
+)
+@click.option("--repeats", type=AT_LEAST_ONE, default=200, show_default=True, help="Prompts matched per row.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @_json
 def events(as_json: bool, **settings: Any) -> None:
     """KV events into the index of exact prefixes, and prompts matched with it, by number of endpoints.
@@ -99,7 +108,7 @@ def _gateway_options(command: F) -> F:
         ),
         click.option(
             "--seconds",
-            type=click.FloatRange(min=0, min_open=True),
+            type=POSITIVE,
             default=0.7,
             show_default=True,
             metavar="S",
@@ -179,12 +188,10 @@ def proxy(as_json: bool, **settings: Any) -> None:
     metavar="N",
     help="Endpoints to watch; repeat for several.",
 )
-@click.option(
-    "--interval", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds between scrapes.  [picker's]"
-)
+@click.option("--interval", type=POSITIVE, metavar="S", help="Seconds between scrapes.  [picker's]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=10.0,
     show_default=True,
     metavar="S",
@@ -209,12 +216,12 @@ def scrape(as_json: bool, **settings: Any) -> None:
 @click.option(
     "--gateways", metavar="NAME,...", help="picker, round-robin, vllm-router, sglang-router, smg.  [all found here]"
 )
-@click.option("--load", type=float, metavar="RHO", help="Of what the pods could stand.  [the scenario's]")
+@click.option("--load", type=POSITIVE, metavar="RHO", help="Of what the pods could stand.  [the scenario's]")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each.")
-@click.option("--first-seed", type=int, default=0, show_default=True, metavar="N", help="The first of them.")
-@click.option("--seconds", type=float, metavar="S", help="Of arrivals, in time of the pods.  [the scenario's]")
+@click.option("--first-seed", type=SEED, default=0, show_default=True, metavar="N", help="The first of them.")
+@click.option("--seconds", type=POSITIVE, metavar="S", help="Of arrivals, in time of the pods.  [the scenario's]")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Requests at most.")
-@click.option("--time-scale", type=float, default=4.0, show_default=True, metavar="X", help="Of the pods.")
+@click.option("--time-scale", type=POSITIVE, default=4.0, show_default=True, metavar="X", help="Of the pods.")
 @click.option(
     "--stream-interval", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Tokens in an event."
 )
@@ -281,7 +288,7 @@ def show(name: str, rows: Iterable[dict[str, Any]], *, as_json: bool, columns: S
     if not console.is_terminal:
         console.width = _PAGE
     console.print(table)
-    console.print(" · ".join(f"{key} {value}" for key, value in where.items()), style="dim")
+    console.print(" · ".join(f"{key} {value}" for key, value in where.items() if value is not None), style="dim")
 
 
 def _cell(value: Any) -> str:

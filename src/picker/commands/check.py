@@ -177,8 +177,7 @@ def command(
         cluster=clustered,
         evidence=output,
     )
-    if Tier.T2 in plan.tiers:
-        session.need_envoy(envoy_binary)
+    plan = session.need_envoy(plan, asked=with_envoy or Tier.T2.value in tiers)
     named = (*(str(path) for path in papers), *sources.engines, *([] if sources.admin is None else [sources.admin]))
     named = (*named, *([] if pool is None else [f"pool {pool}"]))
     subject = "picker" if own else epp or ", ".join(named)

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from picker.commands.numbers import POSITIVE, SEED
 from picker.commands.options import run as run_loop
 from picker.demo import DURATION, WORKLOAD, Comparison, Setup, demonstrate
 from picker.demo_stack import DataPlane, EnvoyMissingError, Stack
@@ -35,9 +36,14 @@ _LINES = (
 
 @click.command()
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Replay a trace (Mooncake, Azure CSV).")
-@click.option("--endpoints", type=int, default=4, show_default=True, metavar="N", help="Simulated pods.")
+@click.option("--endpoints", type=click.IntRange(2), default=4, show_default=True, metavar="N", help="Simulated pods.")
 @click.option(
-    "--duration", type=float, default=DURATION, show_default=True, metavar="S", help="Seconds of each of the two runs."
+    "--duration",
+    type=POSITIVE,
+    default=DURATION,
+    show_default=True,
+    metavar="S",
+    help="Seconds of each of the two runs.",
 )
 @click.option(
     "--data-plane",
@@ -46,7 +52,7 @@ _LINES = (
     show_default=True,
     help="A real Envoy with picker as its endpoint picker, or picker's own proxy.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same requests and times.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Same seed, same requests and times.")
 @click.option("--keep", is_flag=True, help="Stay up afterwards and print the URLs, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context

@@ -12,12 +12,19 @@ import click
 from picker import imports
 from picker.commands.epp_flags import configured, epp_flags, given_flags, log_level, warnings
 from picker.commands.epp_serving import serve
-from picker.commands.options import Size, routing_config, routing_options, run
+from picker.commands.options import Size, require_own_ports, routing_config, routing_options, run
 from picker.config import EPP_MODES, MOST_WORKERS, Config, from_values
 from picker.errors import ConfigError
 from picker.imports.report import Fate, Imported
 
 log = logging.getLogger("picker.epp")
+
+_PORTS = {
+    "epp.grpc_port": "--grpc-port",
+    "epp.grpc_health_port": "--grpc-health-port",
+    "admin.port": "--metrics-port",
+    "api.port": "--api-port",
+}
 
 
 @click.command(
@@ -27,7 +34,8 @@ log = logging.getLogger("picker.epp")
 @routing_options
 @click.option("--config-file", "epp_config_file", type=click.Path(path_type=Path), help="The same as --config.")
 @click.option("--config-text", metavar="YAML", help="The configuration itself.")
-@click.option("--pool", "pools", multiple=True, metavar="NAME", help="InferencePool to serve; repeat for several.")
+@epp_flags
+@click.option("--pool", "pools", multiple=True, metavar="NAME", help="As --pool-name; repeat for several.")
 @click.option("--kubeconfig", metavar="FILE", help="How to reach Kubernetes.  [the pod's service account]")
 @click.option("--host", metavar="ADDR", help="Address of the gRPC ports.  [default: 0.0.0.0]")
 @click.option("--grpc-port", type=int, metavar="N", help="ext-proc.  [default: 9002]")
@@ -62,7 +70,6 @@ log = logging.getLogger("picker.epp")
     metavar="N",
     help="Processes that read requests; from 2 on, one more decides.  [1]",
 )
-@epp_flags
 def command(
     epp_config_file: Path | None,
     config_text: str | None,
@@ -122,6 +129,7 @@ def command(
         log.warning("%s", warning)
     if config.record is not None and config.epp.mode == "lean":
         raise ConfigError("record: in lean mode nobody tells how long answers are; take --mode full")
+    require_own_ports(config, _PORTS | ({"replicas.port": "--peer-port"} if config.replicas.peers else {}))
     if config.epp.workers > 1:
         from picker.commands.epp_workers import serve_with_workers
 
@@ -146,8 +154,10 @@ def load_any(path: Path | None, *, text: str | None = None, policy: str | None =
         return Config()
     try:
         text = path.read_text(encoding="utf-8") if path is not None else text or ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read {path}: it is not UTF-8 text") from None
     try:
         return _from_text(text, policy)
     except ConfigError as error:

@@ -24,7 +24,7 @@ _SWITCH, _TEXT = "switch", "text"
 class Flag:
     """One flag. why: what to say when it is given; fine: values (in lower case) about which nothing is to be said.
 
-    key: the configuration it becomes. many: it may be repeated.
+    key: the configuration it becomes. many: it may be repeated. help: its line in the command's help; "": it has none.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Flag:
     fine: tuple[str, ...] = ()
     key: str = ""
     many: bool = False
+    help: str = ""
 
     @property
     def parameter(self) -> str:
@@ -43,8 +44,8 @@ _OF_METRICS = "metrics are named by the engine; use the names of vLLM, SGLang or
 
 FLAGS = (
     # have a counterpart
-    Flag("--pool-name", key="epp.pool_name"),
-    Flag("--pool-namespace", key="epp.pool_namespace"),
+    Flag("--pool-name", key="epp.pool_name", help="InferencePool of Kubernetes to serve."),
+    Flag("--pool-namespace", key="epp.pool_namespace", help="Where it is.  [$NAMESPACE, then the pod's]"),
     Flag("--pool-group", key="kubernetes.group"),
     Flag("--endpoint-selector", key="kubernetes.selector"),
     Flag("--endpoint-target-ports", key="kubernetes.target_ports", many=True),
@@ -99,10 +100,11 @@ _LEVELS = {"debug": "debug", "info": "info", "error": "error", "warn": "warning"
 
 
 def epp_flags(command: F) -> F:
-    """Let a command take all of `FLAGS`, unlisted in its help."""
+    """Let a command take all of `FLAGS`; its help lists those that have a line for it."""
     for flag in reversed(FLAGS):
         optional: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if flag.takes == _SWITCH else {}
-        option = click.option(flag.name, flag.parameter, hidden=True, multiple=flag.many, **optional)
+        shown: dict[str, Any] = {"help": flag.help, "metavar": "NAME"} if flag.help else {"hidden": True}
+        option = click.option(flag.name, flag.parameter, multiple=flag.many, **shown, **optional)
         command = option(command)
     for names, parameter in ((("-v", "--v"), "epp_v"), (("--zap-log-level",), "epp_zap_log_level")):
         command = click.option(*names, parameter, hidden=True)(command)

@@ -19,8 +19,8 @@ from rich.console import Console
 from picker.commands import load_outputs
 from picker.commands.load_compare import LoadCommand
 from picker.commands.load_plan import plan_and_pace, plan_options, words_of
+from picker.commands.numbers import POSITIVE
 from picker.commands.options import run as run_loop
-from picker.errors import ConfigError
 from picker.load import report, wording
 from picker.load.client import Api, Client, Target
 from picker.load.live import live_line
@@ -50,7 +50,7 @@ _OUTPUTS = ("save", "html", "report_file", "slo")
     default=True,
     help="Without --tokenizer: ask first how many tokens the server makes of our text.",
 )
-@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for a whole answer.")
+@click.option("--timeout", type=POSITIVE, default=600.0, show_default=True, help="Seconds for a whole answer.")
 @click.option(
     "--processes",
     type=click.IntRange(1),
@@ -59,7 +59,7 @@ _OUTPUTS = ("save", "html", "report_file", "slo")
 )
 @click.option(
     "--time-scale",
-    type=float,
+    type=POSITIVE,
     default=1.0,
     help="The server is simulated pods that run X times faster than real time: rates, durations and figures are "
     "in their seconds.",
@@ -100,8 +100,6 @@ def command(
     picker load http://127.0.0.1:8000 --scenario S3 --load 0.7
     picker load http://127.0.0.1:8000 --trace conversation_trace.jsonl --limit 500
     """
-    if not time_scale > 0:
-        raise ConfigError(f"--time-scale must be positive, not {time_scale:g}")
     wanted = load_outputs.outputs(**{name: shape.pop(name) for name in _OUTPUTS})
     target = Target(
         url, model=model, api=Api(api), api_key=api_key, timeout=timeout, ignore_eos=ignore_eos, stream=stream
@@ -121,8 +119,25 @@ async def _measure(job: Job, processes: int | None, *, calibrate: bool) -> tuple
     job = await _prepared(job, calibrate=calibrate)
     stop = asyncio.Event()
     count = useful(job.plan, job.pace) if processes is None else min(processes, len(job.plan.conversations))
+    click.echo(_ahead(job), err=True)
     with _ending_early(stop), live_line(job.plan.name, seconds=_seconds(job)) as on_progress:
         return job, await drive_job(job, count, stop=stop, on_progress=on_progress)
+
+
+def _ahead(job: Job) -> str:
+    """What is about to be sent, for those who watch no progress. Seconds are the clock's."""
+    plan, pace, seconds = job.plan, job.pace, _seconds(job)
+    may_end_before = pace.until is not None and (pace.closed or any(len(c.turns) > 1 for c in plan.conversations))
+    words = [f"sending {plan.name}: {plan.requests:,} requests" + (" at most" if may_end_before else "")]
+    if pace.closed is not None:
+        words.append(f"{pace.closed:,} at a time")
+    if seconds is not None:
+        words.append(f"for {seconds:,.0f} s" if seconds >= 10 else f"for {seconds:.2g} s")
+    if pace.warmup:
+        words.append(f"of which the first {pace.warmup / pace.time_scale:,.3g} s are warm-up and not measured")
+    if pace.warmup_share:
+        words.append(f"of which the first {pace.warmup_share:.0%} are warm-up and not measured")
+    return ", ".join(words)
 
 
 def _seconds(job: Job) -> float | None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from picker.commands import load_outputs
+from picker.commands.numbers import SEED
 from picker.errors import ConfigError
 from picker.load import saved
 from picker.load.compare import Compared, compare
@@ -60,7 +61,7 @@ def _with_page_options(command: Any) -> Any:
 @click.command(name="compare", short_help="Put saved runs beside the first of them.")
 @_FILES
 @_with_page_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the resampling.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the resampling.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context
 def compare_command(

@@ -92,7 +92,7 @@ def outputs(
 def _check_plots() -> None:
     for name in ("jinja2", "matplotlib"):
         if find_spec(name) is None:
-            raise ConfigError(f"--html needs {name}: pip install 'picker-gateway[report]'")
+            raise ConfigError(f"--html needs {name}: pip install matplotlib jinja2")
 
 
 def measured_now(run: Run, *, url: str, model: str | None, shape: Mapping[str, Any], notes: Sequence[str]) -> Measured:

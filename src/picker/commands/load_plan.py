@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import numpy as np
-from rich.console import Console
 
+from picker.commands.numbers import POSITIVE, SEED, Finite
+from picker.commands.waiting import telling
 from picker.errors import ConfigError
 from picker.load import requests as own
 from picker.load import scenario as scenarios
@@ -56,10 +56,22 @@ def plan_options(command: F) -> F:
             metavar="NAME",
             help="Ask what `picker simulate --scenario NAME` asks (its --list shows them).",
         ),
-        click.option("--load", type=float, metavar="RHO", help="scenario: share of the pods' highest stable rate."),
-        click.option("--pods", type=click.IntRange(1), metavar="N", help="scenario: pods that serve it."),
-        click.option("--profile", metavar="NAME", help="scenario: model and GPU of the pods."),
-        click.option("--kv-tokens", type=click.IntRange(1), metavar="N", help="scenario: KV cache of a pod."),
+        click.option(
+            "--load",
+            type=POSITIVE,
+            metavar="RHO",
+            help="scenario: share of the highest rate that --pods of --profile stand, whatever is behind the URL.",
+        ),
+        click.option(
+            "--pods",
+            type=click.IntRange(1),
+            metavar="N",
+            help="scenario: pods that --load is a share of.  [the scenario's]",
+        ),
+        click.option("--profile", metavar="NAME", help="scenario: their model and GPU.  [the scenario's]"),
+        click.option(
+            "--kv-tokens", type=click.IntRange(1), metavar="N", help="scenario: their KV cache.  [the profile's]"
+        ),
         click.option(
             "--trace",
             "trace_file",
@@ -68,8 +80,8 @@ def plan_options(command: F) -> F:
             help="Replay recorded traffic: a trace, an access log, OpenAI requests, ShareGPT conversations.",
         ),
         click.option("--trace-format", type=click.Choice(_FORMATS), help="[default: by name and first line]"),
-        click.option("--rate", type=float, help="Arrivals a second (of sessions: new sessions).  [default: 1]"),
-        click.option("--duration", type=float, metavar="S", help="Seconds of load.  [default: 60; of a trace: all]"),
+        click.option("--rate", type=POSITIVE, help="Arrivals a second (of sessions: new sessions).  [default: 1]"),
+        click.option("--duration", type=POSITIVE, metavar="S", help="Seconds of load.  [default: 60; of a trace: all]"),
         click.option("--requests", type=click.IntRange(1), metavar="N", help="Arrivals instead of a duration."),
         click.option(
             "--stages",
@@ -77,7 +89,9 @@ def plan_options(command: F) -> F:
             help="Rates one after the other: 10x60,20x60; FROM-TOxS is a ramp: 1-50x120.",
         ),
         click.option("--arrivals", type=words_of(Process), default="poisson", show_default=True, help="Their spacing."),
-        click.option("--burstiness", type=float, default=1.0, help="Of gamma arrivals; below 1 they come in bursts."),
+        click.option(
+            "--burstiness", type=POSITIVE, default=1.0, help="Of gamma arrivals; below 1 they come in bursts."
+        ),
         click.option(
             "--bursts",
             metavar="FACTOR,ON,OFF",
@@ -90,20 +104,20 @@ def plan_options(command: F) -> F:
             help="Without rates and times: a closed loop of N users. With them: requests in flight at most, "
             "waiting counts as latency.",
         ),
-        click.option("--warmup", type=click.FloatRange(0), metavar="S", help="First seconds that are not measured."),
-        click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Same seed, same load."),
+        click.option("--warmup", type=Finite(0), metavar="S", help="First seconds that are not measured."),
+        click.option("--seed", type=SEED, default=1, show_default=True, help="Same seed, same load."),
         click.option("--max-tokens", type=click.IntRange(1), help="Tokens of an answer (of a trace: at most)."),
         click.option("--groups", type=click.IntRange(1), help="shared-prefix: different system prompts."),
         click.option("--prompts", type=click.IntRange(1), help="shared-prefix: different questions of a group."),
         click.option("--system-tokens", type=click.IntRange(0), help="Tokens of a system prompt."),
         click.option("--question-tokens", type=click.IntRange(1), help="Tokens of a question."),
         click.option("--context-tokens", type=click.IntRange(0), help="sessions: mean tokens of a session's own."),
-        click.option("--turns", type=click.FloatRange(1), help="sessions: mean number of turns."),
-        click.option("--think", type=click.FloatRange(0), metavar="S", help="sessions: median pause before a turn."),
+        click.option("--turns", type=Finite(1), help="sessions: mean number of turns."),
+        click.option("--think", type=Finite(0), metavar="S", help="sessions: median pause before a turn."),
         click.option(
             "--limit", type=click.IntRange(1), metavar="N", help="trace, scenario: only the first N requests."
         ),
-        click.option("--rate-scale", type=float, metavar="X", help="trace, scenario: X times their own rate."),
+        click.option("--rate-scale", type=POSITIVE, metavar="X", help="trace, scenario: X times their own rate."),
     )
     for option in reversed(options):
         command = option(command)
@@ -158,7 +172,11 @@ def plan_and_pace(
     else:
         plan, pace = _of_trace(trace_file, kind, when, **shape)
     pace = replace(pace, time_scale=time_scale)
-    return plan, pace if warmup is None else replace(pace, warmup=warmup, warmup_share=0.0)
+    if warmup is None:
+        return plan, pace
+    if pace.until is not None and warmup >= pace.until:
+        raise ConfigError(f"--warmup {warmup:g}: the run is over after {pace.until:g} s, and measures nothing")
+    return plan, replace(pace, warmup=warmup, warmup_share=0.0)
 
 
 def _refuse(flags: dict[str, Any], what: str) -> None:
@@ -192,14 +210,14 @@ def _times(when: When, rng: np.random.Generator) -> tuple[Sequence[float] | Floa
         return staged.times(rng), Pace(cap=when.concurrency, until=staged.windows[-1][1]), staged.windows
     until = _DEFAULT_DURATION if when.duration is None and when.requests is None else when.duration
     if when.concurrency is not None and when.rate is None:
-        count = when.requests or math.ceil((until or 1.0) * _CLOSED_PER_SECOND)
-        _check_count(count)
+        expected = when.requests or (until or 1.0) * _CLOSED_PER_SECOND
+        _check_count(expected)
+        count = math.ceil(expected)
         return [0.0] * count, Pace(closed=when.concurrency, until=until), ()
     rate = _DEFAULT_RATE if when.rate is None else when.rate
     process = Arrivals(rate, Process(when.arrivals), when.burstiness, _bursts(when))
-    counts = (when.requests, process.count_within(until) if until is not None else None)
-    count = min(count for count in counts if count is not None)
-    _check_count(count)
+    _check_count(_least(when.requests, None if until is None else rate * until) or 0)
+    count = _least(when.requests, None if until is None else process.count_within(until)) or 1
     times = process.times(count, rng)
     # The arrivals of a run are its expected number, so the last may come a little late; later turns end with the run.
     until = max(until, float(times[-1]) + 1e-6) if until is not None else None
@@ -220,8 +238,8 @@ def _bursts(when: When) -> Bursts:
     if when.arrivals != Process.MMPP.value:
         raise ConfigError("--bursts says nothing without --arrivals mmpp")
     try:
-        factor, on, off = (float(word) for word in when.bursts.split(","))
-    except ValueError:
+        factor, on, off = (POSITIVE.convert(word, None, None) for word in when.bursts.split(","))
+    except (ValueError, click.BadParameter):
         raise ConfigError(f"--bursts: {when.bursts!r} is not FACTOR,ON,OFF, as in 6,8,32") from None
     return Bursts(factor, on, off)
 
@@ -245,11 +263,8 @@ def _of_scenario(
     what = "a scenario (it is changed with --load, --rate-scale, --pods, --profile, --kv-tokens and --limit)"
     _refuse(others, what)
     when.refuse(what, "rate", "stages", "bursts")
-    for flag, value in (("load", load), ("rate-scale", rate_scale)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{flag} must be positive, not {value:g}")
     chosen = scenario(name).with_pods(count=pods, model=profile, kv_tokens=kv_tokens)
-    with _telling("finding the highest stable rate") as tell:
+    with telling("finding the highest stable rate") as tell:
         level = scenarios.level(
             chosen,
             load=load,
@@ -257,6 +272,7 @@ def _of_scenario(
             limit=limit,
             on_progress=lambda rate: tell(f"trying {rate:.3g} {chosen.unit}"),
         )
+    click.echo(_relative(level), err=True)
     plan, pace = scenarios.planned(level, seed=seed, limit=_least(limit, when.requests))
     if chosen.incidents:
         click.echo(f"what happens to pods in {chosen.number} happens only in the simulator", err=True)
@@ -265,15 +281,14 @@ def _of_scenario(
     return plan, replace(pace, cap=when.concurrency, until=_least(pace.until, when.duration))
 
 
-@contextmanager
-def _telling(what: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what goes on, where somebody watches."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda words: None
-        return
-    with console.status(what) as status:
-        yield lambda words: status.update(f"{what}: {words}")
+def _relative(level: scenarios.Level) -> str:
+    """How much is sent, and of what that is a share: nothing is known of the server."""
+    chosen, pods = level.scenario, level.scenario.pods
+    speed = f"scenario {chosen.number} at {level.rate:.3g} {chosen.unit}"
+    if level.load is None:
+        return speed
+    stand = f"{level.load:.0%} of what {pods.count} x {pods.profile} stand in the model"
+    return f"{speed}: {stand}, whatever is behind the URL (--pods, --profile and --kv-tokens say otherwise)"
 
 
 N = TypeVar("N", int, float)
@@ -359,8 +374,6 @@ def _of_requests(
     asked = own.load(path, kind, max_tokens=max_tokens, on_broken=broken)
     broken.sum_up(path, len(asked.conversations))
     conversations, scale = asked.conversations[:limit], 1.0 if rate_scale is None else rate_scale
-    if not scale > 0:
-        raise ConfigError(f"the rate scale must be positive, not {scale:g}")
     if asked.timed and not when.given:
         timed = tuple(replace(each, at=each.at / scale) for each in conversations[: when.requests])
         return Plan(path.name, timed), Pace(until=when.duration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import os
 import re
 import sys
@@ -126,9 +127,45 @@ def admin_token(config: AdminConfig) -> str | None:
     """
     if config.token_file is not None:
         return read_key(Path(config.token_file))
-    if (given := config.token or os.environ.get(ADMIN_VARIABLE)) is not None:
+    if (given := config.token or secret_variable(ADMIN_VARIABLE)) is not None:
         named_key("admin", given)
     return given
+
+
+def secret_variable(name: str) -> str | None:
+    """A secret of the environment; None where the variable is not set.
+
+    Raises ConfigError for one that is set and empty, as `${KEY}` of a compose file makes it where KEY is not set: taken
+    for none it would open a door that somebody meant to be closed.
+    """
+    given = os.environ.get(name)
+    if given is not None and not given.strip():
+        raise ConfigError(f"{name}: it is set and empty, which keeps nobody out; unset it, or give a key")
+    return given
+
+
+def require_own_ports(config: Config, flags: Mapping[str, str]) -> None:
+    """Raise ConfigError where two doors of one process would have the same port.
+
+    flags: key of each port ("admin.port") -> its flag. A door that is not opened is to be left out, or has no port.
+    """
+    found: list[tuple[str, str, int]] = []
+    for key in flags:
+        section, _, _ = key.partition(".")
+        host, port = getattr(config, section).host, operator.attrgetter(key)(config)
+        for other, there, number in found:
+            if port and port == number and _meet(host, there):
+                raise ConfigError(
+                    f"{other} and {key} are both {port}; each needs a port of its own: see {flags[other]}, {flags[key]}"
+                )
+        if port is not None:
+            found.append((key, host, port))
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether sockets on two addresses of this machine are in each other's way on one port."""
+    hosts = {"127.0.0.1" if each.lower() in ("localhost", "::1") else each.lower() for each in (one, other)}
+    return len(hosts) == 1 or not hosts.isdisjoint(("0.0.0.0", "::"))
 
 
 def start_logging(level: str) -> None:

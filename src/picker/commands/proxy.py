@@ -16,7 +16,7 @@ from rich.console import Console
 from picker.access_log import RequestLog
 from picker.app import App, Serve
 from picker.commands.grouped_help import GroupedCommand
-from picker.commands.options import routing_config, routing_options, run
+from picker.commands.options import require_own_ports, routing_config, routing_options, run, secret_variable
 from picker.commands.proxy_control import Doors, ProxyControl
 from picker.config import DATA_PLANES, Config
 from picker.engine_survey import survey
@@ -38,6 +38,8 @@ _GROUPS = {
 }
 
 
+_PORTS = {"proxy.port": "--port", "admin.port": "--admin-port", "api.port": "--api-port"}
+KEY_VARIABLE = "PICKER_API_KEY"
 _HINT = "Each endpoint has its flag: picker proxy --endpoint http://host:8000 --endpoint http://other:8000"
 
 
@@ -59,7 +61,7 @@ _HINT = "Each endpoint has its flag: picker proxy --endpoint http://host:8000 --
 @click.option("--envoy-threads", type=click.IntRange(1), metavar="N", help="Of its workers.  [one a core]")
 @click.option("--access-log", metavar="FILE", help="A JSON line for each request; - for stdout.  [off]")
 @click.option("--record", metavar="FILE", help="Write the traffic as a trace, without its text.  [off]")
-@click.option("--api-key", envvar="PICKER_API_KEY", metavar="KEY", help="Ask clients for this key (or PICKER_API_KEY).")
+@click.option("--api-key", metavar="KEY", help="Ask clients for this key (or PICKER_API_KEY).")
 @click.option("--api-keys", metavar="FILE", help="Or for one of these: lines of name:key; watched.")
 @click.option("--tls-cert", metavar="FILE", help="Serve by TLS with this certificate; it is watched.")
 @click.option("--tls-key", metavar="FILE", help="Its key.")
@@ -120,7 +122,10 @@ def command(
         "upstream.insecure": endpoint_insecure or None,
     }
     load = partial(routing_config, flags, **routing)
-    run(serve(load(), api_key, load, routing["config_file"]))
+    key = secret_variable(KEY_VARIABLE) if api_key is None else api_key
+    config = load()
+    require_own_ports(config, _PORTS | ({"replicas.port": "--peer-port"} if config.replicas.peers else {}))
+    run(serve(config, key, load, routing["config_file"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import signal
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,19 +29,23 @@ from picker.commands.proxy_doors import (
     trust_files,
 )
 from picker.config import Config, EndpointSpec, to_values
+from picker.config.faults import explain
 from picker.deciders import build_policy, build_saturation, build_settings
 from picker.discovery import build_endpoint
 from picker.errors import ConfigError
 from picker.frontends.admin import Admin
+from picker.frontends.admin_control import MisunderstoodError
 from picker.frontends.certificates import Pair, check_pair
 from picker.frontends.keys import named_key
 from picker.frontends.proxy import Proxy
 from picker.frontends.trust import build_context
 from picker.reload import Commit, NeedsRestartError, Reload
 from picker.sources.file import load_endpoints
-from picker.sources.roster import Standing, UnknownEndpointError
+from picker.sources.roster import Standing, UnknownEndpointError, check_weight
 from picker.sources.static import leads_to
 from picker.types import Endpoint
+
+T = TypeVar("T")
 
 __all__ = ["Doors", "ProxyControl"]
 
@@ -149,12 +153,7 @@ class ProxyControl:
         raise KeyError(name)
 
     def add(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            spec = msgspec.convert(dict(values), EndpointSpec)
-        except msgspec.ValidationError as error:
-            raise ConfigError(str(error)) from None
-        key = _key_of(spec)
-        endpoint = build_endpoint(spec)
+        endpoint, spec, key = _understood(lambda: _described(values))
         _require_elsewhere(endpoint, self.app.config)
         self.app.roster.add(endpoint)
         if spec.weight != 1.0:
@@ -176,6 +175,7 @@ class ProxyControl:
         return self.endpoint(name)
 
     def weigh(self, name: str, weight: float) -> dict[str, Any]:
+        _understood(lambda: check_weight(weight))
         self._known(lambda: self.app.roster.weigh(name, weight), name)
         return self.endpoint(name)
 
@@ -363,6 +363,23 @@ def _require_elsewhere(endpoint: Endpoint, config: Config) -> None:
     for what, host, port in doors:
         if leads_to(endpoint, host, port):
             raise ConfigError(f"endpoint {endpoint.name!r} is {what}; an endpoint is where an engine listens")
+
+
+def _understood(read: Callable[[], T]) -> T:
+    """What is made of a request's own words. Raises MisunderstoodError where it is a ConfigError to make anything."""
+    try:
+        return read()
+    except ConfigError as error:
+        raise MisunderstoodError(str(error)) from None
+
+
+def _described(values: Mapping[str, Any]) -> tuple[Endpoint, EndpointSpec, str | None]:
+    """An endpoint to be added by hand, how it was described, and its key. Raises ConfigError."""
+    try:
+        spec = msgspec.convert(dict(values), EndpointSpec)
+    except msgspec.ValidationError as error:
+        raise ConfigError(explain(str(error), EndpointSpec, "endpoint")) from None
+    return build_endpoint(spec), spec, _key_of(spec)
 
 
 def _key_of(spec: EndpointSpec) -> str | None:

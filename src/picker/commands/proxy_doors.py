@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from picker.app import CONFIGURATION, ENDPOINTS_FILE, App
-from picker.commands.options import admin_token
+from picker.commands.options import admin_token, secret_variable
 from picker.config import Config, EndpointSpec
 from picker.discovery import build_endpoint
 from picker.errors import ConfigError
@@ -65,7 +65,7 @@ class Doors:
 
     def key_file(self, config: Config) -> Callable[[], None]:
         """What has clients asked for the keys of a configuration. Raises ConfigError for a file that does not do."""
-        fixed = fixed_keys(self.api_key, os.environ.get(KEYS_VARIABLE))
+        fixed = fixed_keys(self.api_key, secret_variable(KEYS_VARIABLE))
         file = None if config.keys.file is None else KeyFile(Keyring(), Path(config.keys.file), fixed)
         return lambda: self._have(self.keys, "keys", fixed, file)
 
@@ -186,7 +186,7 @@ class Manners:
     def __call__(self, root: str) -> Manner:
         trust = self._trust
         key = trust.keys.get(self._names.get(root, ""), trust.key) or (self._usual if trust.pass_on else None)
-        return Manner(key, trust.context if root.startswith("https:") else True, trust.server_name)
+        return Manner(key, trust.context if root.startswith("https:") else True, trust.server_name, shared=True)
 
 
 class Followed:
@@ -225,11 +225,14 @@ class Followed:
 
 
 def fixed_keys(api_key: str | None, variable: str | None) -> tuple[Key, ...]:
-    """The keys of command line and environment."""
+    """The keys of command line and environment. Raises ConfigError, also for a variable that is set and has no key."""
     keys = [] if api_key is None else [named_key("default", api_key)]
-    if variable:
-        keys += parse_keys("\n".join(variable.replace(",", "\n").split("\n")), origin=KEYS_VARIABLE)
-    return tuple(keys)
+    if variable is None:
+        return tuple(keys)
+    listed = parse_keys("\n".join(variable.replace(",", "\n").split("\n")), origin=KEYS_VARIABLE)
+    if not listed:
+        raise ConfigError(f"{KEYS_VARIABLE}: it is set and has no key, which keeps nobody out; unset it, or give keys")
+    return (*keys, *listed)
 
 
 def connection_limits(config: Config) -> ConnectionLimits:

@@ -236,7 +236,8 @@ class SecretFile:
             told = self._chain.read_text(encoding="ascii"), self._key.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError) as error:
             if self._seen is None:
-                raise ConfigError(f"connections.tls_cert, tls_key: cannot be read: {error}") from None
+                reason = error.strerror if isinstance(error, OSError) else "they are not ASCII text"
+                raise ConfigError(f"connections.tls_cert, tls_key: cannot be read: {reason}") from None
             return False  # half of an exchange; the old one stays
         if told == self._seen:
             return False

@@ -16,6 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from picker import __version__
+from picker.commands.numbers import POSITIVE, SEED
+from picker.commands.waiting import telling
 from picker.errors import ConfigError
 from picker.sim import forks
 from picker.sim.bounds import REFERENCES
@@ -33,11 +35,15 @@ _WORDS = {Metric.TTFT: "TTFT", Metric.TOTAL: "TTFT + 0.35 (E2E - TTFT)"}
 
 @click.command()
 @click.option("--scenario", "called", required=True, metavar="NAME", help="A scenario by number or name.")
-@click.option("--load", type=float, metavar="RHO", help="Share of the highest stable rate.  [default: the scenario's]")
+@click.option(
+    "--load", type=POSITIVE, metavar="RHO", help="Share of the highest stable rate.  [default: the scenario's]"
+)
 @click.option("--policy", "policy_name", default="picker", show_default=True, metavar="NAME")
 @click.option("--samples", type=click.IntRange(1), default=20, show_default=True, help="Decisions to look at.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
-@click.option("--horizon", type=float, default=60.0, show_default=True, help="Seconds of arrivals after each decision.")
+@click.option("--seed", type=SEED, default=1, show_default=True)
+@click.option(
+    "--horizon", type=POSITIVE, default=60.0, show_default=True, help="Seconds of arrivals after each decision."
+)
 @click.option(
     "--continuations", type=click.IntRange(1), default=3, show_default=True, help="Futures to follow it into."
 )
@@ -73,8 +79,6 @@ def command(
     if policy_name in REFERENCES:
         raise ConfigError(f"{policy_name} is a reference: only policies decide, and can regret it")
     policy(policy_name)
-    if not horizon > 0:
-        raise ConfigError(f"--horizon must be positive, not {horizon:g}")
     trial = _trial(scenario(called).with_pods(count=pods), load, policy_name, seed, limit)
     plan = Plan(forks.numbers(trial, samples, horizon), horizon, continuations, alternatives)
     cases = _examine(trial, plan, jobs or os.cpu_count() or 1)
@@ -87,12 +91,13 @@ def command(
 
 def _trial(chosen: Scenario, load: float | None, name: str, seed: int, limit: int | None) -> Trial:
     chosen = chosen.at_load()
-    if load is not None and not load > 0:
-        raise ConfigError(f"--load must be positive, not {load:g}")
     if load is None and chosen.load is None:
         return Trial(chosen, name, chosen.rate, seed=seed, limit=limit)
     load = load or chosen.load or 1.0
-    highest = chosen.stable_rate or stable_rate(chosen, limit=limit)
+    with telling("finding the highest stable rate") as tell:
+        highest = chosen.stable_rate or stable_rate(
+            chosen, limit=limit, on_progress=lambda rate: tell(f"trying {rate:.3g} {chosen.unit}")
+        )
     return Trial(chosen, name, load * highest, seed=seed, load=load, limit=limit)
 
 
@@ -179,8 +184,13 @@ def _classes(cases: Sequence[Case], metric: Metric) -> Table:
         if group:
             found = summary(group, metric)
             figures = (found.regret, 2.0 * found.error, found.naive, found.noise)
-            table.add_row(name, str(found.decisions), *(f"{f:.2f}" for f in figures), f"{found.wrong:.0%}")
+            table.add_row(name, str(found.decisions), *(_cell(f) for f in figures), f"{found.wrong:.0%}")
     return table
+
+
+def _cell(figure: float) -> str:
+    """A dash where nothing is known: a single decision has no error."""
+    return f"{figure:.2f}" if np.isfinite(figure) else "-"
 
 
 def _weights(found: Mapping[str, Weight]) -> Table:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from picker.commands.numbers import AT_LEAST_ONE, PORT, POSITIVE, SEED
 from picker.commands.options import run, start_logging
 from picker.errors import ConfigError
 from picker.sim import pod
@@ -19,29 +20,59 @@ _ALGORITHMS = [algorithm.value for algorithm in HashAlgorithm]
 
 
 @click.command()
-@click.option("--count", default=1, show_default=True, help="How many pods.")
+@click.option("--count", type=AT_LEAST_ONE, default=1, show_default=True, help="How many pods.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="Port of the first; the others follow. 0: free ones.")
+@click.option(
+    "--port", type=PORT, default=8000, show_default=True, help="Port of the first; the others follow. 0: free ones."
+)
 @click.option("--model", default="simulated", show_default=True, metavar="NAME", help="Served model name.")
 @click.option("--lora", "loras", multiple=True, metavar="NAME", help="A LoRA adapter; repeat for each.")
 @click.option("--profile", default="llama-3.1-8b-h100", show_default=True, metavar="NAME", help="Costs; see --list.")
-@click.option("--time-scale", default=1.0, show_default=True, metavar="X", help="X times as fast as real time.")
-@click.option("--kv-tokens", type=int, metavar="N", help="KV cache instead of the profile's.")
-@click.option("--block-size", type=int, metavar="N", help="Tokens per KV block instead of the profile's.")
-@click.option("--max-num-seqs", type=int, metavar="N", help="Sequences in a batch instead of the profile's.")
-@click.option("--max-model-len", type=int, metavar="N", help="Context instead of the profile's.")
-@click.option("--max-queued", type=int, metavar="N", help="Unfinished requests before 503.  [no limit]")
-@click.option("--stream-interval", default=1, show_default=True, metavar="N", help="Tokens in an event of a stream.")
+@click.option(
+    "--time-scale", type=POSITIVE, default=1.0, show_default=True, metavar="X", help="X times as fast as real time."
+)
+@click.option("--kv-tokens", type=AT_LEAST_ONE, metavar="N", help="KV cache instead of the profile's.")
+@click.option("--block-size", type=AT_LEAST_ONE, metavar="N", help="Tokens per KV block instead of the profile's.")
+@click.option("--max-num-seqs", type=AT_LEAST_ONE, metavar="N", help="Sequences in a batch instead of the profile's.")
+@click.option("--max-model-len", type=AT_LEAST_ONE, metavar="N", help="Context instead of the profile's.")
+@click.option("--max-queued", type=click.IntRange(0), metavar="N", help="Unfinished requests before 503.  [no limit]")
+@click.option(
+    "--stream-interval",
+    type=AT_LEAST_ONE,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Tokens in an event of a stream.",
+)
 @click.option("--scheduling-policy", type=click.Choice([policy.value for policy in Policy]), default="fcfs")
 @click.option("--no-noise", is_flag=True, help="Exact step times.")
-@click.option("--seed", default=0, show_default=True, help="Of the noise.")
-@click.option("--data-parallel-size", "ranks", default=1, show_default=True, metavar="N", help="Engines in a pod.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--data-parallel-size",
+    "ranks",
+    type=AT_LEAST_ONE,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Engines in a pod.",
+)
 @click.option("--kv-events", is_flag=True, help="Publish KV events over ZeroMQ, as vLLM does.")
 @click.option(
-    "--kv-events-port", default=0, show_default=True, help="First port for events; replays next. 0: free ones."
+    "--kv-events-port",
+    type=PORT,
+    default=0,
+    show_default=True,
+    help="First port for events; replays next. 0: free ones.",
 )
 @click.option("--kv-events-topic", default="", metavar="TEXT", help="Their topic; may name {address} and {model}.")
-@click.option("--kv-events-buffer", default=10_000, show_default=True, metavar="N", help="Batches kept for replays.")
+@click.option(
+    "--kv-events-buffer",
+    type=AT_LEAST_ONE,
+    default=10_000,
+    show_default=True,
+    metavar="N",
+    help="Batches kept for replays.",
+)
 @click.option("--prefix-caching-hash-algo", "algorithm", type=click.Choice(_ALGORITHMS), default=_ALGORITHMS[0])
 @click.option("--enable-scale-out", "scale_out", is_flag=True, help="Serve the render routes.")
 @click.option(
@@ -86,10 +117,8 @@ def command(
             click.echo(f"{name:28} {entry.kv_tokens:>9,} KV tokens  {entry.source}")
         return
     start_logging(log_level)
-    if count < 1 or not 0 <= port <= 65535 - count:
-        raise ConfigError(f"--count {count} from --port {port}: needs at least one pod, on ports up to 65535")
-    if not time_scale > 0:
-        raise ConfigError(f"--time-scale: must be greater than 0, got {time_scale}")
+    if port and port + count > 65_536:
+        raise ConfigError(f"--count {count} from --port {port}: ports go up to 65535")
     events = EventOptions(
         port=kv_events_port,
         topic=kv_events_topic,

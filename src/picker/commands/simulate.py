@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from picker import __version__
+from picker.commands.numbers import POSITIVE, SEED
+from picker.commands.waiting import telling
 from picker.errors import ConfigError
 from picker.load import trace
+from picker.load.interrupts import interrupts_held
 from picker.sim import latency
 from picker.sim.bounds import REFERENCES
 from picker.sim.capacity import stable_rate
@@ -28,7 +31,7 @@ from picker.sim.policies import POLICIES, policy
 from picker.sim.report import saved, terminal
 from picker.sim.report.saved import Row, Saved
 from picker.sim.scenario import Scenario, scenario, scenarios, trace_scenario
-from picker.sim.trial import Trial, simulate
+from picker.sim.trial import Trial, simulate, warmup_in_words
 from picker.sim.workload import SharedPrefix
 
 _DEFAULT_POLICIES = "round-robin,least-request,picker"
@@ -36,12 +39,9 @@ _DEFAULT_POLICIES = "round-robin,least-request,picker"
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(word) for word in (value or "").split(",") if word)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a number or several, as in 0.5,0.7") from None
-    if any(not number > 0 for number in numbers):
-        raise click.BadParameter("must be positive")
-    return numbers
+        return tuple(POSITIVE.convert(word, None, None) for word in (value or "").split(",") if word)
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{error.message} It takes one number or several, as in 0.5,0.7.") from None
 
 
 @click.command()
@@ -57,7 +57,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option(
     "--trace-format",
     type=click.Choice([kind.value for kind in trace.TraceFormat]),
-    help="[default: by the file's name]",
+    help="[default: by name and first line]",
 )
 @click.option("--policy", "policies", default=_DEFAULT_POLICIES, show_default=True, metavar="NAME[,NAME...]")
 @click.option("--pods", type=click.IntRange(1), metavar="N", help="Modelled pods.  [default: the scenario's]")
@@ -70,11 +70,13 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     metavar="RHO[,RHO...]",
     help="Load as a share of the highest rate that the pods could stand as one.  [default: the scenario's]",
 )
-@click.option("--rate-scale", type=float, metavar="X", help="X times the scenario's or trace's own rate.")
+@click.option("--rate-scale", type=POSITIVE, metavar="X", help="X times the scenario's or trace's own rate.")
 @click.option("--limit", type=click.IntRange(1), metavar="REQUESTS", help="Only the first so many requests.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Repeat with N seeds.")
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="The first of them.")
-@click.option("--scrape-interval", type=float, metavar="S", help="How old metrics may be.  [default: the scenario's]")
+@click.option("--seed", type=SEED, default=1, show_default=True, help="The first of them.")
+@click.option(
+    "--scrape-interval", type=POSITIVE, metavar="S", help="How old metrics may be.  [default: the scenario's]"
+)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Processes.  [default: one per core]")
 @click.option(
     "--from",
@@ -123,12 +125,14 @@ def command(
         return
     renderer = None if report is None else _renderer(report)
     about: dict[str, tuple[str, str]] = {}
+    warmups: dict[str, str] = {}
     if saved_files:
         if called is not None or trace_file is not None:
             raise ConfigError("--from shows runs of before: leave out --scenario and --trace")
         shown = saved.load(saved_files)
     else:
-        _check(loads, rate_scale, scrape_interval)
+        if loads and rate_scale is not None:
+            raise ConfigError("--load and --rate-scale both say how much: give one of them")
         names = _policies(policies)
         settings = [
             _rates(each.with_pods(count=pods, model=model, kv_tokens=kv_tokens), loads, rate_scale, limit)
@@ -144,21 +148,15 @@ def command(
         runs = _run(trials, jobs or os.cpu_count() or 1)
         shown = Saved(runs, (shlex.join(["picker", *sys.argv[1:]]),), (__version__,))
         about |= {chosen.name: (chosen.title, chosen.unit) for chosen, _ in settings}
+        warmups |= {chosen.title: words for chosen, _ in settings if (words := warmup_in_words(chosen))}
     _show(shown, about, as_json=as_json)
+    if warmups and not as_json:
+        click.echo(_footnote(warmups))
     if renderer is not None and report is not None:
         _write(renderer, report, shown)
 
 
 # --- what to run ---------------------------------------------------------------------------------------------
-
-
-def _check(loads: Sequence[float], rate_scale: float | None, scrape_interval: float | None) -> None:
-    if loads and rate_scale is not None:
-        raise ConfigError("--load and --rate-scale both say how much: give one of them")
-    if rate_scale is not None and not rate_scale > 0:
-        raise ConfigError(f"--rate-scale must be positive, not {rate_scale:g}")
-    if scrape_interval is not None and not scrape_interval > 0:
-        raise ConfigError(f"--scrape-interval must be positive, not {scrape_interval:g}")
 
 
 def _policies(named: str) -> list[str]:
@@ -188,7 +186,7 @@ def _scenarios(
         return chosen
     if len(chosen) > 1:
         raise ConfigError("--trace replays one trace on one scenario's pods: name one scenario")
-    rows = trace.load(trace_file, trace.TraceFormat(trace_format) if trace_format else None)
+    rows = trace.load(trace_file, trace.TraceFormat(trace_format) if trace_format else trace.sniff(trace_file))
     return [chosen[0].replaying(rows, name=trace_file.name)]
 
 
@@ -204,7 +202,7 @@ def _rates(
     chosen = chosen.at_load()
     highest = chosen.stable_rate
     if highest is None:
-        with _telling("finding the highest stable rate") as tell:
+        with telling("finding the highest stable rate") as tell:
             highest = stable_rate(
                 chosen, limit=limit, on_progress=lambda rate: tell(f"trying {rate:.3g} {chosen.unit}")
             )
@@ -227,19 +225,25 @@ def _run(trials: Sequence[Trial], jobs: int) -> list[Row]:
             return [advance(simulate(trial)) for trial in trials]
         # Spawned, not forked: libraries' threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(trials)), mp_context=context) as pool:
-            return [advance(row) for row in pool.map(simulate, trials)]
+        with ProcessPoolExecutor(min(jobs, len(trials)), mp_context=context) as pool, _ended_early():
+            with interrupts_held():
+                rows = pool.map(simulate, trials)
+            return [advance(row) for row in rows]
 
 
 @contextmanager
-def _telling(what: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what goes on, where somebody watches."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda words: None
-        return
-    with console.status(what) as status:
-        yield lambda words: status.update(f"{what}: {words}")
+def _ended_early() -> Iterator[None]:
+    """Ends the processes of a pool at once when the block is left by an error: leaving the pool waits for them.
+
+    The pool has to be left after this block.
+    """
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
 
 
 # --- what to say ---------------------------------------------------------------------------------------------
@@ -271,6 +275,13 @@ def _show(shown: Saved, about: dict[str, tuple[str, str]], *, as_json: bool) -> 
     terminal.show(shown.runs, {name: _about(name) for name in names} | about)
 
 
+def _footnote(warmups: Mapping[str, str]) -> str:
+    """Why a table counts fewer requests than were sent. warmups: by title of the scenario."""
+    several = len(warmups) > 1
+    parts = [f"{words} ({title})" if several else words for title, words in warmups.items()]
+    return f"requests: those measured; what arrives in the warm-up is sent and not counted: {', '.join(parts)}"
+
+
 def _about(name: str) -> tuple[str, str]:
     """Title and unit of a scenario that runs name; ours alone are known."""
     try:
@@ -289,7 +300,7 @@ def _renderer(file: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("jinja2", "matplotlib"):
             raise
-        raise ConfigError(f"--report needs {error.name}: pip install 'picker-gateway[report]'") from None
+        raise ConfigError(f"--report needs {error.name}: pip install matplotlib jinja2") from None
     return page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 
 from picker.config.faults import near, nearest
@@ -12,6 +13,7 @@ from picker.config.sections import (
     EPP_MODES,
     EXACT_BY,
     LOG_LEVELS,
+    MIB,
     MOST_WORKERS,
     POLICIES,
     TLS_VERSIONS,
@@ -21,6 +23,10 @@ from picker.config.sections import (
     TokenizerSpec,
 )
 from picker.errors import ConfigError
+
+# Each is hashed with as many random words as it has.
+MOST_BLOCK_BYTES = MIB
+_PUBLISHED = re.compile(r"tcp://(?:\{host\}|\[[^\[\]{}\s]*\]|[^\[\]{}/:\s]+):(?P<port>[0-9]{1,5})")
 
 _CHOICES = (
     ("policy", POLICIES),
@@ -41,6 +47,7 @@ def check(config: Config) -> None:
     _check_exact(config.exact)
     _check_pairs(config)
     _check_doors(config)
+    _check_hosts(config)
     _check_values(config)
     _check_numbers(config)
 
@@ -59,9 +66,20 @@ def _check_doors(config: Config) -> None:
             raise ConfigError(f"{key}: an empty {what} keeps nobody out; leave it out or null for none")
 
 
+def _check_hosts(config: Config) -> None:
+    """An empty address means all of a machine's to a socket, and hardly to whoever left it empty."""
+    for key in _HOSTS:
+        if not operator.attrgetter(key)(config).strip():
+            raise ConfigError(f"{key}: it is empty; give an address of this machine, or 0.0.0.0 for all of them")
+
+
 def _check_values(config: Config) -> None:
-    if config.index.block_bytes % 4:
-        raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {config.index.block_bytes}")
+    size = config.index.block_bytes
+    if size % 4:
+        raise ConfigError(f"index.block_bytes: must be a multiple of 4, got {size}")
+    if size > MOST_BLOCK_BYTES:
+        few = "prompts of fewer bytes are never recognised"
+        raise ConfigError(f"index.block_bytes: must be {MOST_BLOCK_BYTES} (1 MiB) at most, got {size}: {few}")
     if not 1 <= config.epp.workers <= MOST_WORKERS:
         raise ConfigError(f"epp.workers: must be from 1 to {MOST_WORKERS}, got {config.epp.workers}")
     if config.health.path is not None and not config.health.path.startswith("/"):
@@ -103,6 +121,21 @@ def _check_exact(exact: ExactConfig) -> None:
             _check_choice(f"{key}.content_format", spec.content_format, CONTENT_FORMATS)
     if exact.snapshot is not None and exact.mode == "off":
         raise ConfigError("exact.snapshot: there is nothing to save: give exact.tokenizer, or exact.by: bytes")
+    for key, template in (("exact.events", exact.events), ("exact.replay", exact.replay)):
+        if template is None:
+            continue
+        if not _publishes(template):
+            raise ConfigError(
+                f"{key}: {template!r} is no tcp://host:port; write tcp://{{host}}:5557, host as it stands"
+            )
+        if exact.mode == "off" and exact.by == "auto":  # by: off switches off what stays written down
+            raise ConfigError(f"{key}: nothing is followed there: give exact.tokenizer, or exact.by: bytes")
+
+
+def _publishes(template: str) -> bool:
+    """Whether it says where engines publish. In the place of the host there may be any, a wildcard, or {host}."""
+    found = _PUBLISHED.fullmatch(template)
+    return found is not None and 0 < int(found["port"]) < 1 << 16
 
 
 def _check_profiles(config: Config) -> None:
@@ -142,9 +175,10 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("drain_timeout_s", "queue.size", "queue.hold_s", "retry.ratio", "retry.floor"),
     *("health.eject_s", "health.eject_max_s", "health.hang_factor", "health.hang_floor_s", "health.slow_start_s"),
-    *("proxy.drain_delay_s", "epp.drain_delay_s"),
+    *("proxy.drain_delay_s", "epp.drain_delay_s", "seed"),
 )
 _AT_LEAST_ONE = ("queue.max_inflight", "proxy.envoy_threads")
+_HOSTS = ("proxy.host", "epp.host", "admin.host", "api.host", "replicas.host")
 _PORTS = ("proxy.port", "epp.grpc_port", "epp.grpc_health_port", "admin.port", "api.port", "replicas.port")
 
 

@@ -42,6 +42,7 @@ from picker.config.sections import (
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<where>[^`]*)`)?")
 _TYPES = re.compile(r"Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`")
+_BOUNDS = re.compile(r"Expected `(?P<wanted>[^`|]*)(?: \| [^`]*)?` >= (?P<least>[0-9]+)")
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -54,25 +55,27 @@ _WORDS = {
 _PLACE = re.compile(r" - at `\$\.?(?P<where>[^`]*)`")
 
 
-def explain(message: str) -> str:
-    """What msgspec says of a value, with the names of this file."""
+def explain(message: str, whole: type[Part] = Config, name: str = "configuration") -> str:
+    """What msgspec says of a value, with the names of this file. whole: what it was to be; name: how to call that."""
     unknown = _UNKNOWN.search(message)
     if unknown:
         where, key = unknown["where"] or "", unknown["key"]
         place = f"{where}.{key}" if where else key
-        return f"{place}: unknown key{near(key, _keys_at(where))}"
+        return f"{place}: unknown key{near(key, _keys_at(where, whole))}"
     place_of = _PLACE.search(message)
     where = place_of["where"] if place_of else ""
     said = _PLACE.sub("", message)
     if typed := _TYPES.fullmatch(said):
         wanted = " or ".join(_WORDS.get(each, each) for each in typed["wanted"].split(" | "))
         said = f"must be {wanted}, and is {_WORDS.get(typed['got'], typed['got'])}"
-    return f"{where or 'configuration'}: {said}"
+    elif bound := _BOUNDS.fullmatch(said):
+        said = f"must be {_WORDS.get(bound['wanted'], bound['wanted'])}, {bound['least']} or more"
+    return f"{where or name}: {said}"
 
 
-def _keys_at(where: str) -> list[str]:
+def _keys_at(where: str, whole: type[Part]) -> list[str]:
     sections: dict[str, type[Part]] = {
-        "": Config,
+        "": whole,
         "endpoints": EndpointSpec,
         "scorers": ScorerSpec,
         "filters": FilterSpec,

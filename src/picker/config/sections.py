@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -35,7 +35,7 @@ class EndpointSpec(Part, frozen=True):
     name: str | None = None
     models: list[str] = []
     role: str = "both"
-    rank: int | None = None
+    rank: Annotated[int, msgspec.Meta(ge=0)] | None = None
     labels: dict[str, str] = {}
     weight: float = 1.0
     api_key: str | None = None

@@ -21,8 +21,26 @@ _MAX_BODY_BYTES = 64 * 1024
 _LOCAL_NAMES = frozenset(("localhost", "localhost."))
 
 
+# Who has a key of the gateway and tries it here must not read that it is unknown.
+_REFUSALS = {
+    "missing": "The admin API wants its own key (admin.token_file, PICKER_ADMIN_KEY), which is not the gateway's API "
+    "key: send authorization: Bearer KEY.",
+    "twice": "The admin key is given more than once.",
+    "wrong": "This is no admin key (admin.token_file, PICKER_ADMIN_KEY); the gateway's API keys are not known here.",
+    "disabled": "This admin key has been switched off.",
+}
+
+
+class MisunderstoodError(ConfigError):
+    """What is asked for could never be done: it is written wrongly."""
+
+
 class Control(Protocol):
-    """What can be asked for here. What is not possible is a ConfigError; an endpoint that is not there a KeyError."""
+    """What can be asked for here.
+
+    What is not understood is a MisunderstoodError, what is in the way of something else a plain ConfigError, an
+    endpoint that is not there a KeyError.
+    """
 
     def endpoints(self) -> list[dict[str, Any]]: ...
 
@@ -64,7 +82,7 @@ def require_key(keys: Keyring, request: Request) -> None:
     key = keys.identify(request.headers.raw)
     if isinstance(key, KeyRefusal):
         headers = {"WWW-Authenticate": "Bearer"} if key.status == 401 else None
-        raise HTTPException(key.status, key.message, headers=headers)
+        raise HTTPException(key.status, _REFUSALS[key.reason], headers=headers)
 
 
 def _require_local(request: Request, host: str, origin: str) -> None:
@@ -178,6 +196,8 @@ def _told(ask: Callable[[], dict[str, Any]], *, status: int = 200) -> JSONRespon
         return JSONResponse(ask(), status_code=status)
     except KeyError as error:
         raise HTTPException(404, f"no endpoint is called {error.args[0]!r}") from None
+    except MisunderstoodError as error:
+        raise HTTPException(422, str(error)) from None
     except ConfigError as error:
         raise HTTPException(409, str(error)) from None
 

@@ -35,7 +35,7 @@ class Pair:
     key: Path
 
     def __str__(self) -> str:
-        if self.certificate.parent == self.key.parent:
+        if self.certificate.parent == self.key.parent != Path():
             return f"{self.certificate.name} and {self.key.name} in {self.key.parent}"
         return f"{self.certificate} and {self.key}"
 
@@ -129,6 +129,8 @@ def _context(protocol: str) -> ssl.SSLContext:
 
 
 def _load(context: ssl.SSLContext, pair: Pair) -> None:
+    if absent := [str(path) for path in (pair.certificate, pair.key) if not path.exists()]:
+        raise ConfigError(f"cannot use {pair}: there is no {' and no '.join(absent)}")
     try:
         context.load_cert_chain(pair.certificate, pair.key, password=_no_password)
     except (OSError, ValueError) as error:  # SSLError is an OSError

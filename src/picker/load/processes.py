@@ -11,7 +11,6 @@ import gc
 import math
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from picker.load.client import Client, Target
+from picker.load.interrupts import interrupts_held
 from picker.load.schedule import Pace, Progress, Run, drive
 from picker.load.text import Wording
 from picker.load.workload import Plan
@@ -181,18 +181,35 @@ class _Worker:
         self.pipe = pipe
         self._told: asyncio.Queue[Any] = asyncio.Queue()
         _watch(pipe, self._read)
+        # A pipe that is closed before all in it was read is reset, and libuv watches it no more: what came before
+        # that is still in it, and only the end of the process says so.
+        asyncio.get_running_loop().add_reader(process.sentinel, self._ended)
 
     def _read(self) -> None:
         try:
             self._told.put_nowait(self.pipe.recv())
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self.pipe.fileno())
-            self._told.put_nowait(None)
+
+    def _ended(self) -> None:
+        """Read what it said last; nothing comes after that."""
+        self._unwatch()
+        try:
+            while self.pipe.poll():
+                self._told.put_nowait(self.pipe.recv())
+        except (EOFError, OSError):
+            pass
+        self._told.put_nowait(None)
+
+    def _unwatch(self) -> None:
+        for watched in (self.pipe.fileno(), self.process.sentinel):
+            asyncio.get_running_loop().remove_reader(watched)
 
     async def next(self) -> Any:
         """The next thing it says. Raises LostProcessError when it has gone."""
         told = await self._told.get()
         if told is None:
+            self.process.join(1.0)  # its status comes a moment after its end
             raise LostProcessError(f"a process of the load run ended early (status {self.process.exitcode})")
         return told
 
@@ -203,7 +220,7 @@ class _Worker:
             pass  # it has ended by itself
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self.pipe.fileno())
+        self._unwatch()
         self.pipe.close()
         self.process.join(1.0)
         if self.process.is_alive():
@@ -226,7 +243,8 @@ def _workers(jobs: Sequence[Job]) -> Iterator[list[_Worker]]:
         for job in jobs:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job), daemon=True)
-            process.start()
+            with interrupts_held():
+                process.start()
             theirs.close()
             workers.append(_Worker(process, ours))
         yield workers
@@ -240,8 +258,6 @@ def _workers(jobs: Sequence[Job]) -> Iterator[list[_Worker]]:
 
 def _work(pipe: Connection, job: Job) -> None:
     """The whole life of a process: say that it is ready, be told when to begin, tell what was measured."""
-    # Ctrl-C reaches all processes of a terminal; only the first one decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         run = runner.run(_measure(pipe, job))
     pipe.send(replace(run, plan=Plan(run.plan.name, ())))
@@ -252,7 +268,16 @@ async def _measure(pipe: Connection, job: Job) -> Run:
     pipe.send("ready")
     begin_at = pipe.recv()
     stop = asyncio.Event()
-    _watch(pipe, stop.set)  # told to, or nobody is left to tell
+
+    def told_to_stop() -> None:
+        try:
+            pipe.recv()  # what is left unread when the pipe is closed resets it
+        except (EOFError, OSError):
+            pass  # nobody is left to tell
+        asyncio.get_running_loop().remove_reader(pipe.fileno())
+        stop.set()
+
+    _watch(pipe, told_to_stop)
     async with Client(job.target) as client:
         with _steady():
             run = await drive(

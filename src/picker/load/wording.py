@@ -31,7 +31,7 @@ def vocabulary(folder: Path) -> Vocabulary:
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError:
-        raise ConfigError("--tokenizer needs the tokenizers library: pip install 'picker-gateway[exact]'") from None
+        raise ConfigError("--tokenizer needs the tokenizers library: pip install tokenizers") from None
     file = folder / "tokenizer.json" if folder.is_dir() else folder
     if not file.is_file():
         raise ConfigError(f"--tokenizer: there is no {file}")

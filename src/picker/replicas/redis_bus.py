@@ -224,7 +224,7 @@ def _client(url: str) -> Any:
     try:
         import redis.asyncio
     except ImportError:
-        raise ConfigError("replicas.redis: the library is missing: pip install 'picker-gateway[redis]'") from None
+        raise ConfigError("replicas.redis: the library is missing: pip install redis") from None
     try:
         return redis.asyncio.from_url(url, socket_connect_timeout=_TIMEOUT)
     except ValueError as error:

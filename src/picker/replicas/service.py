@@ -77,8 +77,11 @@ def read_secret(config: ReplicasConfig) -> bytes:
     if text is None and config.secret_file is not None:
         try:
             text = Path(config.secret_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"replicas.secret_file: {error}") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"replicas.secret_file: cannot read {config.secret_file}: {reason}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"replicas.secret_file: {config.secret_file} is not UTF-8 text") from None
     text = text or os.environ.get(SECRET)
     if not text:
         raise ConfigError(

@@ -65,6 +65,9 @@ class Profile:
     noise_sd: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("kv_tokens", "block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{self.name}: {name} must be at least 1, not {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             # vLLM refuses this too: a step could not give every running sequence its token.
             raise ConfigError(
@@ -146,12 +149,13 @@ def profiles() -> Mapping[str, Profile]:
 
 
 def profile(name: str) -> Profile:
-    """The profile called `name`. Raises ConfigError naming the nearest ones that exist."""
+    """The profile called `name`. Raises ConfigError naming the nearest ones that exist, else all."""
     known = profiles()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
-    raise ConfigError(f"no model profile {name!r}; did you mean {' or '.join(near)}?")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    raise ConfigError(f"no model profile {name!r}; {hint}")
 
 
 def _parse(name: str, table: Mapping[str, Any]) -> Profile:

@@ -148,8 +148,10 @@ class PodOptions:
     def __post_init__(self) -> None:
         if self.stream_interval < 1:
             raise ConfigError(f"simulated pods: an event has at least one token, got {self.stream_interval}")
-        if self.count < 1 or self.time_scale <= 0:
+        if self.count < 1 or not 0 < self.time_scale < math.inf:
             raise ConfigError("simulated pods: count must be at least 1 and the time scale above 0")
+        if self.seed < 0 or (self.max_queued is not None and self.max_queued < 0):
+            raise ConfigError("simulated pods: the seed and max_queued cannot be negative")
         if self.ranks < 1:
             raise ConfigError(f"simulated pods: a pod has at least one data-parallel rank, got {self.ranks}")
         if self.events is not None and self.events.port + 2 * self.count * self.ranks > 65_536:

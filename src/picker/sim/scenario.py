@@ -312,5 +312,5 @@ def _frozen(value: Any) -> Any:
 
 
 def _unknown(word: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=2, cutoff=0.4) or list(known)
-    return f"{word!r} is unknown; did you mean {' or '.join(near)}?"
+    near = difflib.get_close_matches(str(word), known, n=2, cutoff=0.4)
+    return f"{word!r} is unknown; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}")

@@ -103,6 +103,20 @@ def measured_from(trial: Trial, outcomes: list[Outcome]) -> float:
             return share * max((outcome.at for outcome in outcomes), default=0.0)
 
 
+def warmup_in_words(scenario: Scenario) -> str:
+    """What `measured_from` leaves out; empty where everything counts."""
+    workload, share = scenario.workload, scenario.warmup
+    match workload:
+        case SharedPrefix():
+            return "" if workload.stages or not workload.warmup else f"the first {workload.warmup[1]:g} s"
+        case Sessions() | Adapters():
+            return f"the first {share * workload.seconds:g} s" if share else ""
+        case Documents():
+            return f"the first {share:.0%} of the requests" if share else ""
+        case _:
+            return f"the first {share:.0%} of the time" if share else ""
+
+
 def row(trial: Trial, outcomes: list[Outcome]) -> dict[str, object]:
     """The figures of a run with what it was; a ladder has those of its stages, too."""
     scenario = trial.scenario

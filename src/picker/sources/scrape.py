@@ -48,26 +48,41 @@ class FetchFailure(enum.Enum):
     RESET = "connection reset"
     UNREACHABLE = "unreachable"  # no route, no such host
     TLS = "TLS handshake failed"
+    NOT_TLS = "it does not speak TLS: is its address http:// and not https://?"
     NOT_HTTP = "not HTTP"
     TOO_LARGE = "body too large"
 
 
 # Behind the other failures somebody listens: our settings may be wrong, while the data plane's are right.
 _LOSSES = frozenset({FetchFailure.TIMEOUT, FetchFailure.REFUSED, FetchFailure.RESET, FetchFailure.UNREACHABLE})
+# Where requests are sent with the same settings of TLS, they get no further either.
+_SHARED_LOSSES = frozenset({FetchFailure.TLS, FetchFailure.NOT_TLS})
 
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """An answer (status and body), or a failure with status 0."""
+    """An answer (status and body), or a failure with status 0. shared: see `Manner`."""
 
     status: int = 0
     body: bytes = field(default=b"", repr=False)
     failure: FetchFailure | None = None
+    shared: bool = False
 
     @property
     def lost(self) -> bool:
         """Nobody who could serve a request is there, as far as this fetch can tell."""
-        return self.failure in _LOSSES if self.failure else self.status in _UNAVAILABLE
+        if self.failure is None:
+            return self.status in _UNAVAILABLE
+        return self.failure in _LOSSES or (self.shared and self.failure in _SHARED_LOSSES)
+
+    @property
+    def problem(self) -> str:
+        """Why it is no page, in words, and what to do about it where that is known."""
+        if self.failure is None:
+            return f"status {self.status}"
+        if self.failure is FetchFailure.TLS and self.shared:
+            return f"{self.failure.value}: is its certificate to be trusted (--endpoint-ca, upstream.server_name)?"
+        return self.failure.value
 
 
 Fetch = Callable[[str], Awaitable[FetchResult]]
@@ -78,12 +93,14 @@ class Manner:
     """How an endpoint is asked. key: sent as a bearer token (vLLM wants it for /v1/models, not for /metrics).
 
     tls: False to accept any certificate, as pods' self-signed ones. server_name: that the certificate must bear, where
-    it is not the address's.
+    it is not the address's. shared: requests go there in this manner, too, so that what fails for us fails for them;
+    otherwise somebody else sends them, who may go by other certificates.
     """
 
     key: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | bool = True
     server_name: str | None = None
+    shared: bool = False
 
     def arguments(self, root: str) -> dict[str, Any]:
         """What a request of aiohttp's to this root ("https://host:port") is to be given."""
@@ -160,14 +177,15 @@ class AiohttpFetch:
     async def __call__(self, url: str) -> FetchResult:
         if self._session is None:
             raise RuntimeError("AiohttpFetch is used outside of its 'async with'")
+        root, manner = _root(url), _PLAIN
         try:
-            root = _root(url)
-            given = self._manners(root).arguments(root)
+            manner = self._manners(root)
+            given = manner.arguments(root)
             get = self._session.get(_parsed(url), allow_redirects=False, timeout=self._timeout, **given)
             async with get as response:
                 body = await self._body(response)
         except (aiohttp.ClientError, OSError) as error:  # OSError: TimeoutError is one
-            return FetchResult(failure=_failure(error))
+            return FetchResult(failure=_failure(error), shared=manner.shared)
         if body is None:
             return FetchResult(failure=FetchFailure.TOO_LARGE)
         return FetchResult(response.status, body)
@@ -204,7 +222,7 @@ def _failure(error: aiohttp.ClientError | OSError) -> FetchFailure:
         case TimeoutError():
             return FetchFailure.TIMEOUT
         case aiohttp.ClientSSLError():
-            return FetchFailure.TLS
+            return FetchFailure.NOT_TLS if "WRONG_VERSION_NUMBER" in str(error) else FetchFailure.TLS
         case aiohttp.ClientConnectorError():
             refused = isinstance(error.os_error, ConnectionRefusedError)
             return FetchFailure.REFUSED if refused else FetchFailure.UNREACHABLE
@@ -404,7 +422,7 @@ class ScrapeSource:
         if result.failure is None and result.status == 200:
             self._note_page(server, result.body, now)
         else:
-            self._note_failure(server, result.failure.value if result.failure else f"status {result.status}", now)
+            self._note_failure(server, result.problem, now)
         if result.lost:
             server.models_asked_at = _NEVER  # whoever comes back may serve something else
         elif now - server.models_asked_at >= self._models_interval:
@@ -454,7 +472,7 @@ class ScrapeSource:
         if 0 < server.losses < self._unhealthy_after:
             return
         healthy = server.losses == 0
-        reason = "" if healthy else result.failure.value if result.failure else f"status {result.status}"
+        reason = "" if healthy else result.problem
         for name, member in list(server.members.items()):
             if member.healthy != healthy:
                 member.healthy = healthy

@@ -13,4 +13,4 @@ def library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ConfigError(f"exact matching needs {name}: pip install 'picker-gateway[exact]'") from None
+        raise ConfigError(f"exact matching needs {name}: pip install tokenizers jinja2") from None

@@ -14,7 +14,7 @@ from sim.rows import row
 
 page = pytest.importorskip(
     "picker.sim.report.page",
-    reason="needs matplotlib and jinja2: pip install 'picker-gateway[report]'",
+    reason="needs matplotlib and jinja2: pip install matplotlib jinja2",
     exc_type=ModuleNotFoundError,
 )
 

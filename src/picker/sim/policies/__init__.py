@@ -91,12 +91,13 @@ POLICIES: Mapping[str, Factory] = {
 def policy(name: str) -> Factory:
     """The factory called `name`; with "-exact" behind it, the router is told by KV events what is cached.
 
-    Raises ConfigError naming the nearest ones that exist.
+    Raises ConfigError naming the nearest ones that exist, else all.
     """
     if name in POLICIES:
         return POLICIES[name]
     base = name.removesuffix(TOLD)
     if base != name and base in POLICIES:
         return lambda pool, seed: POLICIES[base](replace(pool, exact=True), seed)
-    near = difflib.get_close_matches(base, POLICIES, n=3, cutoff=0.4) or list(POLICIES)
-    raise ConfigError(f"no policy {name!r}; did you mean {' or '.join(near)}?")
+    near = difflib.get_close_matches(base, POLICIES, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(POLICIES)}"
+    raise ConfigError(f"no policy {name!r}; {hint}")

@@ -120,9 +120,15 @@ class FixedTokens:
 def from_kubeconfig(path: Path, context: str | None = None) -> Access:
     """What a kubeconfig says of one of its contexts, the current one unless it is named. Raises ConfigError."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: the kubeconfig cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no usable kubeconfig: it is not UTF-8 text") from None
+    try:
+        document = yaml.safe_load(text)
         config = msgspec.convert(document, _Kubeconfig)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise ConfigError(f"{path}: is no usable kubeconfig: {' '.join(str(error).split())[:200]}") from None
     try:
         return _access(config, context or config.current_context, path.parent)
@@ -311,7 +317,9 @@ def _tls(cafile: Path | None = None, cadata: bytes | None = None) -> ssl.SSLCont
         text = None if cadata is None else cadata.decode("ascii")
         context = ssl.create_default_context(cafile=None if cafile is None else str(cafile), cadata=text)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the API server's certificate authority cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        named = "" if cafile is None else f", {cafile},"
+        raise ConfigError(f"the API server's certificate authority{named} cannot be read: {reason}") from None
     return context
 
 
