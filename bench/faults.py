@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import re
 import shlex
 import signal
-import socket
 import sys
 import tempfile
 from collections import Counter
@@ -35,23 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from picker.bench import machine
+from picker.children import free_ports
 
 PODS = 3
 _PATIENCE_S = 30.0  # until an answer counts as hanging
 _HEALTH = {"hang_floor_s": 1.5, "stall_s": 1.5, "slow_start_s": 2.0, "eject_s": 0.5, "eject_max_s": 4.0}
 Row = dict[str, object]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, among those that Linux does not take for outgoing connections."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
 
 
 class Process:

@@ -57,10 +57,12 @@ class Stream:
         self._number = number
         self._random = Random(number)
         self._transport: asyncio.WriteTransport | None = None
+        self.begun = asyncio.Event()
 
     def arrive(self, transport: asyncio.WriteTransport) -> None:
         """Begin the answer."""
         self._transport = transport
+        self.begun.set()
         transport.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
@@ -204,6 +206,7 @@ async def measure(name: str, *, streams: int, seconds: float, gap: float) -> dic
     async with _subject(name, engines) as (port, pid):
         run, ended = Run(idle_rss=rss_bytes(pid) / 1e6), asyncio.Queue[Listener]()
         listeners = await _connect(port, streams, ended)
+        await _all_arrived(engines)
         await _speak(engines, run, pid, seconds, gap)
         for stream in engines.streams:
             stream.finish()
@@ -235,6 +238,16 @@ async def _connect(port: int, streams: int, ended: asyncio.Queue[Listener]) -> l
         listeners.append(listener)
         await asyncio.sleep(1 / _OPENED_PER_S)
     return listeners
+
+
+async def _all_arrived(engines: Engines) -> None:
+    """Until the endpoints have every request; one that never comes there counts as broken."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            for stream in engines.streams:
+                await stream.begun.wait()
+    except TimeoutError:
+        pass
 
 
 async def _speak(engines: Engines, run: Run, pid: int, seconds: float, gap: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -23,6 +24,11 @@ from pathlib import Path
 # Seconds to let requests end; then SIGKILL.
 GRACE = 5.0
 _LAST_LINES = 12
+
+_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_USUALLY_FROM = 32_768
+_LOWEST_PORT, _FEWEST = 10_000, 1_000
+_numbers = itertools.count(os.getpid() * 97)  # processes that look at the same time begin at different places
 
 
 class ChildFailedError(RuntimeError):
@@ -184,9 +190,23 @@ def _with_words(message: str, words: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports nobody listens on, for programs that cannot choose one by themselves."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Loopback ports in a row that nobody has, for programs that cannot choose one by themselves.
+
+    They lie below those that the system gives away of itself, to a connection that anybody makes meanwhile, or to a
+    listener on port 0.
+    """
+    end = int(_GIVEN_AWAY.read_text().split()[0]) if _GIVEN_AWAY.exists() else _USUALLY_FROM
+    room = max(end, _LOWEST_PORT + _FEWEST) - _LOWEST_PORT - count
+    while True:
+        first = _LOWEST_PORT + next(_numbers) * count % room
+        if all(map(_is_free, range(first, first + count))):
+            return list(range(first, first + count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

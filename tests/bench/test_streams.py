@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import numpy as np
 import pytest
@@ -86,15 +85,7 @@ def test_only_whole_chunks_are_taken_out_of_a_buffer() -> None:
 
 @pytest.mark.e2e
 async def test_picker_carries_streams_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    speak = streams._speak
-
-    async def once_all_have_arrived(engines: streams.Engines, *rest: Any) -> None:
-        while any(stream._transport is None for stream in engines.streams):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        await speak(engines, *rest)
-
     # This machine may be slow.
-    monkeypatch.setattr(streams, "_speak", once_all_have_arrived)
     monkeypatch.setattr(streams, "_LONGEST_WAIT", 30.0)
     found = await measure("picker", streams=10, seconds=1.0, gap=0.02)
     assert (found["broken"], found["different"], found["starved"]) == (0, 0, 0)

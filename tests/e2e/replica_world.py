@@ -16,9 +16,9 @@ from typing import Any
 import aiohttp
 
 from picker.bench.cputime import family, table
+from picker.children import free_ports
 from picker.envoy import EXT_PROC, GATEWAY, Envoy, Json, bootstrap, find_envoy, running_envoy, socket_address
 from picker.errors import ConfigError
-from spare_ports import spare_ports
 
 SECRET = {"PICKER_REPLICAS_SECRET": "what both replicas of this test know"}
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -138,7 +138,7 @@ async def two(
 ) -> AsyncIterator[World]:
     """Both know each other. second: further flags of the second."""
     async with contextlib.AsyncExitStack() as stack:
-        ports = spare_ports(2)
+        ports = free_ports(2)
         flags = [["--peer-port", str(port), "--peer", f"127.0.0.1:{sum(ports) - port}"] for port in ports]
         if bus == "redis":
             flags = [["--peer-redis", await stack.enter_async_context(redis(folder))]] * 2

@@ -14,9 +14,9 @@ import aiohttp
 import pytest
 
 from dead_port import dead_port
+from picker.children import free_ports
 from picker.client import Client, RefusedError
 from picker.sim.pod import running_pods
-from spare_ports import spare_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -175,7 +175,7 @@ async def _refusal(client: Client, body: bytes) -> RefusedError:
     NGINX is None, reason="there is no nginx: install it (apt-get install nginx), or say where it is in PICKER_NGINX"
 )
 async def test_plain_nginx_routes_by_auth_request(tmp_path: Path) -> None:
-    ports = dict(zip(("8080", "8081", "8082"), spare_ports(3), strict=True))
+    ports = dict(zip(("8080", "8081", "8082"), free_ports(3), strict=True))
     config = re.sub(r"127\.0\.0\.1:(\d+)", lambda found: f"127.0.0.1:{ports[found[1]]}", example("nginx.conf"))
     (tmp_path / "nginx.conf").write_text(config)
     (tmp_path / "sidecar.py").write_text(example("sidecar.py"))

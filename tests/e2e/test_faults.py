@@ -14,9 +14,9 @@ import pytest
 from bench.fault_pod import TOKENS
 
 from e2e.gateway import Gateway, gateway
+from picker.children import free_ports
 from picker.config import HealthConfig, LimitConfig
 from picker.types import FirstToken, HealthObserved
-from spare_ports import spare_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -96,7 +96,7 @@ async def world(count: int = 2, limits: LimitConfig | None = None) -> AsyncItera
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
         contextlib.AsyncExitStack() as s,
     ):
-        pods = [FaultyPod(port, client) for port in spare_ports(count)]
+        pods = [FaultyPod(port, client) for port in free_ports(count)]
         for pod in pods:
             s.push_async_callback(pod.stop)
         await asyncio.gather(*(pod.start() for pod in pods))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from spare_ports import spare_ports
+from picker.children import free_ports
 
 _CHUNK = 1 << 16
 
@@ -15,7 +15,7 @@ class Relay:
     """Listens on a port of its own at 127.0.0.1. host, port: where the API server is."""
 
     def __init__(self, host: str, port: int) -> None:
-        (self.port,) = spare_ports(1)
+        (self.port,) = free_ports(1)
         self._to = (host, port)
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()

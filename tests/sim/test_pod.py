@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
+from picker.children import free_ports
 from picker.errors import ConfigError
 from picker.sim import tokens
 from picker.sim.engine import Policy
@@ -20,7 +21,6 @@ from picker.sim.pod_clock import PodClock
 from picker.sim.pod_options import Fault, MetricsFault, PodOptions
 from picker.types import Sleep
 from picker.wire.metrics_text import decode_metrics
-from spare_ports import spare_ports
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello there, pod."}]
@@ -865,7 +865,7 @@ async def test_pods_have_ports_of_their_own_and_a_taken_port_is_a_config_error()
 
 
 async def test_pods_take_ports_in_a_row_and_serve_until_told_to_stop() -> None:
-    (free,) = spare_ports(1)
+    (free,) = free_ports(1)
     stop, ready = asyncio.Event(), list[str]()
 
     def on_ready(urls: list[str]) -> None:

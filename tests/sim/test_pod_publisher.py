@@ -14,11 +14,11 @@ import uvloop
 import zmq
 import zmq.asyncio
 
+from picker.children import free_ports
 from picker.errors import ConfigError
 from picker.sim.engine_hashes import BlockHasher, HashAlgorithm, as_number
 from picker.sim.pod import Pod, open_pods
 from picker.sim.pod_options import EventFault, EventOptions, PodOptions
-from spare_ports import spare_ports
 
 END = b"\xff" * 8
 USES = ("endpoint", "replay_endpoint")
@@ -253,7 +253,7 @@ async def test_a_pod_without_events_has_no_sources_and_no_event_faults() -> None
 
 
 async def test_ports_follow_each_other_by_pod_use_and_rank() -> None:
-    free, *_ = spare_ports(8)
+    free, *_ = free_ports(8)
     async with serving(EventOptions(port=free), count=2, ranks=2) as gateway:
         used = [[p.source[use] for p in pod.publishers] for pod in gateway.pods for use in USES]
     assert list(itertools.chain(*used)) == [f"tcp://127.0.0.1:{free + n}" for n in range(8)]
