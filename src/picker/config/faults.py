@@ -4,41 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
 
 import msgspec
 
-from picker.config.sections import (
-    AdminConfig,
-    ApiConfig,
-    Config,
-    ConnectionConfig,
-    ElectionConfig,
-    EndpointSpec,
-    EppConfig,
-    ExactConfig,
-    FilterSpec,
-    HealthConfig,
-    IndexConfig,
-    KeysConfig,
-    KubernetesConfig,
-    LimitConfig,
-    Match,
-    ModelMatch,
-    ModelsConfig,
-    Part,
-    ProfileSpec,
-    ProxyConfig,
-    QueueConfig,
-    ReplicasConfig,
-    RetryConfig,
-    RewriteSpec,
-    SaturationConfig,
-    ScorerSpec,
-    ScrapeConfig,
-    Target,
-    TokenizerSpec,
-    UpstreamConfig,
-)
+from picker.config.sections import Config, Part
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>[^`]*)`(?: - at `\$\.?(?P<where>[^`]*)`)?")
 _TYPES = re.compile(r"Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`")
@@ -52,6 +23,7 @@ _WORDS = {
     "object": "keys and values",
     "null": "null",
 }
+_WITHIN = re.compile(r"\[[^\]]*\]")  # of a list or a table, some entry
 _PLACE = re.compile(r" - at `\$\.?(?P<where>[^`]*)`")
 
 
@@ -74,40 +46,20 @@ def explain(message: str, whole: type[Part] = Config, name: str = "configuration
 
 
 def _keys_at(where: str, whole: type[Part]) -> list[str]:
-    sections: dict[str, type[Part]] = {
-        "": whole,
-        "endpoints": EndpointSpec,
-        "scorers": ScorerSpec,
-        "filters": FilterSpec,
-        "profiles": ProfileSpec,
-        "saturation": SaturationConfig,
-        "kubernetes": KubernetesConfig,
-        "leader_election": ElectionConfig,
-        "replicas": ReplicasConfig,
-        "index": IndexConfig,
-        "exact": ExactConfig,
-        "tokenizer": TokenizerSpec,
-        "tokenizers": TokenizerSpec,
-        "queue": QueueConfig,
-        "health": HealthConfig,
-        "retry": RetryConfig,
-        "scrape": ScrapeConfig,
-        "limits": LimitConfig,
-        "proxy": ProxyConfig,
-        "epp": EppConfig,
-        "connections": ConnectionConfig,
-        "keys": KeysConfig,
-        "upstream": UpstreamConfig,
-        "admin": AdminConfig,
-        "api": ApiConfig,
-        "models": ModelsConfig,
-        "rewrites": RewriteSpec,
-        "matches": Match,
-        "model": ModelMatch,
-        "targets": Target,
-    }
-    part = sections.get(where.replace("[...]", "").rpartition(".")[2].partition("[")[0], Config)
+    """Keys of the section at a place as msgspec names it, such as `profiles[...].filters[...]`."""
+    part = whole
+    for name in filter(None, _WITHIN.sub("", where).split(".")):
+        types = {field.encode_name: field.type for field in msgspec.structs.fields(part)}
+        part = next(_sections(types.get(name)), whole)
     return [field.encode_name for field in msgspec.structs.fields(part)]
+
+
+def _sections(of: Any) -> Iterator[type[Part]]:
+    """The sections among what a type is made of: lists, tables and choices of them."""
+    if get_origin(of) is None and isinstance(of, type) and issubclass(of, Part):
+        yield of
+    for each in get_args(of):
+        yield from _sections(each)
 
 
 def near(word: str, words: list[str] | tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from picker.core.charges import Charge
-from picker.core.pins import MARKS, hold
+from picker.core.pins import MARKS, Hold, hold
 from picker.core.scout import Sight
 from picker.core.state import BLOCK_TOKENS, State
 from picker.prefix.exact import Known
@@ -25,54 +25,21 @@ class Bookings:
 
     def book(self, request: Request, sight: Sight, best: int, now: float, others: tuple[str, ...]) -> None:
         """Charge a decision. best: which of the candidates. others: names of the fallbacks behind it."""
-        pool, view, known = self._pool, sight.view, sight.known
+        view, known = sight.view, sight.known
         row = view.rows.item(best)
         _, uncached, shared = view.candidate(best)
-        work = self._learned.work(uncached, view.prompt_tokens)
-        speed = self._learned.prefill_speed.value.item(row)
-        charge = Charge(
-            request=request,
-            row=row,
-            generation=pool.generation.item(row),
-            tokens=round(uncached),
-            context=round(view.prompt_tokens),
-            predicted=int(sight.guessed[best]),
-            work=round(work * 1e9),
-            booked_at=now,
-            was_idle=not pool.inflight.item(row),
-            held=sight.held,
-            adapter=self._charges.adapters.of(request.model),
-            told=None if known is None else self._expected(row, known, shared),
-            others=others,
-            sure=not others,
-        )
+        told = None if known is None else self._expected(row, known, shared)
+        matched, tokens = int(sight.guessed[best]), view.prompt_tokens
         self.decided += 1
-        self._open(charge, work, speed, tied=uncached < 0.5 * view.prompt_tokens, now=now)
+        self._open(request, row, uncached, tokens, matched, sight.held, now, others=others, told=told)
 
     def book_elsewhere(self, fact: Booked, now: float) -> None:
         """What `book` does, of another replica's decision."""
-        row, pool, request = self._pool.row(fact.name), self._pool, fact.request
+        row, request = self._pool.row(fact.name), fact.request
         if row is None or request.id in self._charges:
             return
-        per_byte = self._state.tokens(request)[1]
-        work = self._learned.work(fact.uncached, fact.tokens)
-        charge = Charge(
-            request=request,
-            row=row,
-            generation=pool.generation.item(row),
-            tokens=round(fact.uncached),
-            context=round(fact.tokens),
-            predicted=fact.matched,
-            work=round(work * 1e9),
-            booked_at=now,
-            was_idle=not pool.inflight.item(row),
-            held=hold(request.block_hashes, self._block_bytes * per_byte, fact.tokens),
-            adapter=self._charges.adapters.of(request.model),
-            others=fact.others,
-            sure=not fact.others,
-        )
-        speed = self._learned.prefill_speed.value.item(row)
-        self._open(charge, work, speed, tied=fact.uncached < 0.5 * fact.tokens, now=now)
+        held = hold(request.block_hashes, self._block_bytes * self._state.tokens(request)[1], fact.tokens)
+        self._open(request, row, fact.uncached, fact.tokens, fact.matched, held, now, others=fact.others)
 
     def move(self, charge: Charge, row: int, now: float, *, sure: bool) -> None:
         """Another endpoint serves a request whose charge has been closed: charged there, with nothing cached."""
@@ -93,13 +60,42 @@ class Bookings:
         self._index.store(row, charge.request.block_hashes)
         self._sessions.note(charge.request.session, row)
 
-    def _open(self, charge: Charge, work: float, speed: float, *, tied: bool, now: float) -> None:
-        """All that follows from a decision. work: seconds of prefill where the speed is 1."""
-        row, request = charge.row, charge.request
-        self._charges.book(charge, expected_s=(self._pool.work.item(row) * 1e-9 + work) / speed)
-        self._learned.booked(work / speed, tied=tied, now=now)
+    def _open(
+        self,
+        request: Request,
+        row: int,
+        uncached: float,
+        tokens: float,
+        matched: int,
+        held: Hold,
+        now: float,
+        *,
+        others: tuple[str, ...],
+        told: tuple[float, float] | None = None,
+    ) -> None:
+        """All that follows from a decision."""
+        pool = self._pool
+        work, speed = self._learned.work(uncached, tokens), self._learned.prefill_speed.value.item(row)
+        charge = Charge(
+            request=request,
+            row=row,
+            generation=pool.generation.item(row),
+            tokens=round(uncached),
+            context=round(tokens),
+            predicted=matched,
+            work=round(work * 1e9),
+            booked_at=now,
+            was_idle=not pool.inflight.item(row),
+            held=held,
+            adapter=self._charges.adapters.of(request.model),
+            told=told,
+            others=others,
+            sure=not others,
+        )
+        self._charges.book(charge, expected_s=(pool.work.item(row) * 1e-9 + work) / speed)
+        self._learned.booked(work / speed, tied=uncached < 0.5 * tokens, now=now)
         self._picks += 1
-        self._pool.last_pick[row] = self._picks
+        pool.last_pick[row] = self._picks
         self._faults.tried(row, now)
         # Learned at booking: the next request of the same group, a moment later, must already find it.
         self._index.store(row, request.block_hashes)
