@@ -7,7 +7,6 @@ Owns the listening socket; connections are `client_connection`'s.
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,7 +14,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.server import ServerState
 
-from picker.errors import ConfigError
+from picker.errors import cannot_listen
 from picker.frontends.client_connection import ClientConnection
 from picker.frontends.limits import ConnectionLimits, Door
 
@@ -38,18 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
         dual = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host or '*'}:{port}: {_why(error)}") from error
-
-
-def _why(error: OSError) -> str:
-    """In words for people: the library's own repeat the address, and do not say what to do."""
-    if error.errno == errno.EADDRINUSE:
-        return "another program listens there; take another port (0: a free one), or stop it"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    if error.errno == errno.EACCES:
-        return "this user may not use that port; those from 1024 on are free to all"
-    return error.strerror or str(error)
+        raise cannot_listen(host, port, error) from error
 
 
 def port_of(listener: socket.socket) -> int:

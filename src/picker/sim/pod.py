@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import functools
 import heapq
 import itertools
@@ -25,7 +24,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from picker.errors import ConfigError, WireError
+from picker.errors import ConfigError, WireError, cannot_listen
 from picker.sim import pod_request, pod_response, pod_speech, tokens
 from picker.sim.adapters import AdapterSlots
 from picker.sim.engine import Engine, EngineRequest, FinishedRequest, FinishReason, StepResult
@@ -515,7 +514,7 @@ class Pod:
         try:
             server = await asyncio.get_running_loop().create_server(self._connect, host or None, port, backlog=_BACKLOG)
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host or '*'}:{port}: {_why(error)}") from error
+            raise cannot_listen(host, port, error) from error
         bound = server.sockets[0].getsockname()[1]
         address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         self.url = f"http://{address}"
@@ -596,17 +595,6 @@ async def run(options: PodOptions, on_ready: Callable[[list[str]], None] = lambd
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-
-
-def _why(error: OSError) -> str:
-    """In words for people: asyncio's own repeat the address, and do not say what to do."""
-    if error.errno == errno.EADDRINUSE:
-        return "another program listens there; take another --port (0: a free one), or stop it"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    if error.errno == errno.EACCES:
-        return "this user may not use that port; those from 1024 on are free to all"
-    return error.strerror or str(error)
 
 
 def _event_context() -> zmq.Context[zmq.Socket[bytes]]:
